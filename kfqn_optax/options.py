@@ -1,0 +1,105 @@
+"""The numbers of the method, each with its symbol in the paper, checked once.
+
+Every number may be a Python float, an array, or a tracer (``optax.inject_hyperparams`` makes
+tracers of them); ``learning_rate`` and ``damping`` may also be Optax schedules. What is known when
+the transformation is built is checked then. Values seen only inside a traced program cannot raise;
+an unusable one (a schedule that returns a negative damping, say) makes the pair of that step
+non-finite and leaves the factors as they were.
+"""
+
+import dataclasses
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+Number = float | int | np.ndarray | jax.Array
+ScalarOrSchedule = Number | Callable[[jax.Array], Number]
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """The numbers of K-BFGS (Goldfarb, Ren, Bahamou 2020, Algorithm 2 and its appendix).
+
+    Attributes:
+        learning_rate: alpha, at least 0; a number or a schedule. It scales the step at whose end
+            the curvature is measured again (the probe).
+        damping: lambda, above 0; a number or a schedule. Each side is damped by its square root:
+            ``A + sqrt(lambda) I`` on the input side, and on the output side ``s.y`` is kept at or
+            above ``sqrt(lambda) |s|^2``.
+        factor_decay: decay of the running average of the input second moment A, in [0, 1).
+        pair_decay: decay of the running averages of s and y, in [0, 1).
+        powell: mu_1 of Powell's damping, in (0, 1): ``s.y`` is kept at or above ``mu_1 y.Hy``.
+        curvature_tolerance: a pair is refused unless ``s.y > tolerance |s|^2 |v|``, v the mean
+            cotangent (output side) or the mean input (input side); at least 0. From the authors'
+            code, not in the paper.
+    """
+
+    learning_rate: ScalarOrSchedule
+    damping: ScalarOrSchedule = 0.3
+    factor_decay: Number = 0.9
+    pair_decay: Number = 0.9
+    powell: Number = 0.2
+    curvature_tolerance: Number = 1e-4
+
+    def __post_init__(self):
+        check("learning_rate", self.learning_rate, lambda v: v >= 0, "at least 0", schedule=True)
+        check("damping", self.damping, lambda v: v > 0, "above 0", schedule=True)
+        check_decay("factor_decay", self.factor_decay)
+        check_decay("pair_decay", self.pair_decay)
+        check("powell", self.powell, lambda v: 0 < v < 1, "between 0 and 1, both excluded")
+        check("curvature_tolerance", self.curvature_tolerance, lambda v: v >= 0, "at least 0")
+
+
+def check_decay(name: str, value: Number) -> None:
+    """Raises unless ``value`` is a usable decay of a running average."""
+    check(name, value, lambda v: 0 <= v < 1, "at least 0 and below 1")
+
+
+def check(
+    name: str,
+    value: ScalarOrSchedule,
+    allowed: Callable[[float], bool],
+    range_: str,
+    *,
+    schedule: bool = False,
+) -> None:
+    """Raises unless ``value`` is one finite real number in its range, as far as that can be seen.
+
+    Args:
+        name: the argument's name, for the message.
+        value: a number, an array without axes, a tracer, or (with ``schedule``) a schedule.
+        allowed: whether a finite number is in range.
+        range_: the range in words, for the message.
+        schedule: whether a callable is welcome.
+
+    Raises:
+        TypeError: if ``value`` is not a number (or a schedule).
+        ValueError: if it is out of range, not finite, or an array with axes.
+    """
+    if callable(value):
+        if schedule:
+            return
+        raise TypeError(f"{name} must be a number, not the function {value!r}: only learning_rate "
+                        "and damping may follow a schedule.")
+    if isinstance(value, (bool, str)) or value is None:
+        raise TypeError(f"{name} must be a number {range_}, got {value!r}.")
+    try:
+        shape, dtype = jnp.shape(value), jnp.result_type(value)
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"{name} must be a number {range_}, got {value!r}.") from error
+    if shape != ():
+        raise ValueError(f"{name} must be one number, got an array of shape {shape}.")
+    if not (jnp.issubdtype(dtype, jnp.floating) or jnp.issubdtype(dtype, jnp.integer)):
+        raise TypeError(f"{name} must be a real number, got dtype {dtype}.")
+    if isinstance(value, jax.core.Tracer):
+        return
+    number = float(value)
+    if not (np.isfinite(number) and allowed(number)):
+        raise ValueError(f"{name} must be {range_}, got {number:g}.")
+
+
+def value_at(value: ScalarOrSchedule, count: jax.Array) -> Number:
+    """The number itself, or the schedule's value at step ``count``."""
+    return value(count) if callable(value) else value

@@ -1,0 +1,152 @@
+"""Curvature pairs (s, y): how they are made and how they are damped.
+
+A quasi-Newton factor H learns from pairs: ``s``, a change of the point, and ``y``, the change of
+the gradient that went with it. After an update with (s, y) the factor maps y to s. H stays positive
+definite only if ``s.y > 0``, which a neural network does not promise, so pairs are damped first:
+pair in, pair out, with a guaranteed lower bound on ``s.y``. Vectors have shape [d]; nothing here
+knows which side of which layer they belong to.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+UPDATED = 0
+NOT_POSITIVE = 1  # s.y <= 0
+TOO_SMALL = 2  # s.y <= tolerance |s|^2 |v|
+NOT_FINITE = 4
+NOT_MEASURED = 5  # no pair was offered: the layer took no part in this pass
+
+STATUS_WORDS = {
+    UPDATED: "updated",
+    NOT_POSITIVE: "skipped: s.y <= 0",
+    TOO_SMALL: "skipped: s.y too small for |s|",
+    NOT_FINITE: "skipped: not finite",
+    NOT_MEASURED: "not measured",
+}
+
+
+class Pair(NamedTuple):
+    """A curvature pair.
+
+    Attributes:
+        s: change of the point, shape [d].
+        y: change of the gradient, shape [d].
+    """
+
+    s: jax.Array
+    y: jax.Array
+
+
+def hessian_action(H: jax.Array, A: jax.Array, mean: jax.Array, damping: jax.Array) -> Pair:
+    """The pair of the input side: ``s = H a``, ``y = (A + damping I) s``.
+
+    The matrix to invert is known here, so y is exact and no difference has to be taken (the paper's
+    "Hessian action", section 3; DESIGN step 7).
+
+    Args:
+        H: the inverse as it stands, [d, d].
+        A: second moment, [d, d].
+        mean: mean input a, [d].
+        damping: lambda_A, added to the diagonal of A.
+
+    Returns:
+        The pair; ``s.y >= damping |s|^2`` because A is positive semidefinite.
+    """
+    s = matmul(H, mean)
+    return Pair(s, matmul(A, s) + damping * s)
+
+
+def damp_powell(pair: Pair, Hy: jax.Array, mu: jax.Array) -> tuple[Pair, jax.Array]:
+    """Powell's damping on the inverse: moves s towards ``Hy`` until ``s.y >= mu y.Hy``.
+
+    ``s <- t s + (1 - t) Hy`` with ``t = (1 - mu) y.Hy / (y.Hy - s.y)``, when ``s.y <= mu y.Hy``;
+    the result has ``s.y = mu y.Hy``. (Algorithm 3 of the paper, first half.)
+
+    Where ``y.Hy`` is not above 0 (y = 0: a dead layer, or a step of length 0) there is nothing to
+    damp with: the pair comes back as it is, and `pair_status` refuses it.
+
+    Args:
+        pair: s and y, [d] each.
+        Hy: the inverse times y, [d].
+        mu: mu_1, in (0, 1).
+
+    Returns:
+        The pair, and whether it was damped (a boolean scalar).
+    """
+    s, y = pair
+    sy, yHy = dot(s, y), dot(y, Hy)
+    damped = (sy <= mu * yHy) & (yHy > 0)
+    t = (1 - mu) * yHy / jnp.where(damped, yHy - sy, 1)
+    return Pair(jnp.where(damped, t * s + (1 - t) * Hy, s), y), damped
+
+
+def damp_second(pair: Pair, mu: jax.Array) -> tuple[Pair, jax.Array]:
+    """The second damping: moves y towards s until ``s.y >= mu |s|^2``.
+
+    ``y <- t y + (1 - t) s`` with ``t = (1 - mu) |s|^2 / (|s|^2 - s.y)``, when ``s.y <= mu |s|^2``;
+    the result has ``s.y = mu |s|^2``. (Algorithm 3 of the paper, second half.)
+
+    For ``mu >= 1`` the denominator can vanish. Where it is too small to divide by, we reach the
+    same ``s.y = mu |s|^2`` by adding the missing multiple of s to y. The paper takes mu < 1 for
+    granted and the authors' code divides all the same.
+
+    Args:
+        pair: s and y, [d] each.
+        mu: mu_2, above 0.
+
+    Returns:
+        The pair, and whether it was damped (a boolean scalar).
+    """
+    s, y = pair
+    sy, ss = dot(s, y), dot(s, s)
+    damped = (sy <= mu * ss) & (ss > 0)
+    gap = ss - sy
+    divisible = jnp.abs(gap) > jnp.sqrt(jnp.finfo(s.dtype).eps) * ss
+    t = (1 - mu) * ss / jnp.where(divisible, gap, 1)
+    shift = mu - sy / jnp.where(ss > 0, ss, 1)
+    y_damped = jnp.where(divisible, t * y + (1 - t) * s, y + shift * s)
+    return Pair(s, jnp.where(damped, y_damped, y)), damped
+
+
+def damp_double(
+    pair: Pair, Hy: jax.Array, mu1: jax.Array, mu2: jax.Array
+) -> tuple[Pair, jax.Array, jax.Array]:
+    """Powell's damping on s, then the second damping on y (the paper's "double damping").
+
+    Returns:
+        The pair; whether Powell's damping acted; whether the second damping acted.
+    """
+    pair, by_powell = damp_powell(pair, Hy, mu1)
+    pair, by_second = damp_second(pair, mu2)
+    return pair, by_powell, by_second
+
+
+def pair_status(pair: Pair, reference: jax.Array, tolerance: float) -> jax.Array:
+    """Whether a pair may enter a factor: 0 if it may, else the reason why not.
+
+    Args:
+        pair: the damped pair, [d] each.
+        reference: v of the test ``s.y > tolerance |s|^2 |v|``, [d]: the mean cotangent on the
+            output side, the mean input on the input side.
+        tolerance: 1e-4 in the authors' code.
+
+    Returns:
+        int32 scalar: one of the constants of this module. The codes are those of the authors' code.
+    """
+    sy, ss = dot(*pair), dot(pair.s, pair.s)
+    bound = tolerance * ss * jnp.sqrt(dot(reference, reference))
+    finite = jnp.isfinite(sy) & jnp.isfinite(bound)
+    reasons = [~finite, sy <= 0, sy <= bound]
+    return jnp.select(reasons, [NOT_FINITE, NOT_POSITIVE, TOO_SMALL], UPDATED).astype(jnp.int32)
+
+
+def matmul(left: jax.Array, right: jax.Array) -> jax.Array:
+    """Matrix [r, d] times vector [d] or matrix [d, k], at the highest precision that the device offers."""
+    return jnp.matmul(left, right, precision=jax.lax.Precision.HIGHEST)
+
+
+def dot(left: jax.Array, right: jax.Array) -> jax.Array:
+    """Inner product of two vectors [d], at the highest precision that the device offers."""
+    return jnp.dot(left, right, precision=jax.lax.Precision.HIGHEST)
