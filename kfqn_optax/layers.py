@@ -114,24 +114,29 @@ def dense(path: str, kernel_shape: tuple[int, int], bias: bool) -> Layer:
     return Layer(path, kernel_shape[0] + bias, kernel_shape[1], bias)
 
 
-def check_layers(layers: Iterable[Layer], leaves: Mapping[str, Any]) -> tuple[Layer, ...]:
+def as_layers(layers: Iterable[Layer] | None) -> tuple[Layer, ...] | None:
+    """The argument ``layers=`` as a tuple; a TypeError for what is not a `Layer`."""
+    if layers is None:
+        return None
+    layers = (layers,) if isinstance(layers, Layer) else tuple(layers)
+    for layer in layers:
+        if not isinstance(layer, Layer):
+            raise TypeError(f"layers must hold what kfqn_optax.find_layers returns, got {layer!r}.")
+    return layers
+
+
+def check_layers(layers: Iterable[Layer], leaves: Mapping[str, Any]) -> None:
     """Checks that the parameters of every layer are there and usable.
 
     Args:
         layers: what the user passed as ``layers=``, or what `infer_layers` found.
         leaves: parameters by path.
 
-    Returns:
-        The layers as a tuple.
-
     Raises:
         ValueError: if a layer's parameters are missing or have another shape.
-        TypeError: if they are not real floating-point numbers, or if an entry is not a `Layer`.
+        TypeError: if they are not real floating-point numbers.
     """
-    layers = tuple(layers)
     for layer in layers:
-        if not isinstance(layer, Layer):
-            raise TypeError(f"layers must hold what kfqn_optax.find_layers returns, got {layer!r}.")
         shapes = [(layer.d_in - layer.bias, layer.d_out), (layer.d_out,)]
         for name, shape in zip(layer.parameter_paths, shapes, strict=False):
             if name not in leaves:
@@ -150,7 +155,6 @@ def check_layers(layers: Iterable[Layer], leaves: Mapping[str, Any]) -> tuple[La
                     f"parameter {name!r} has dtype {leaves[name].dtype}; K-BFGS needs real "
                     "floating-point parameters. Leave the layer out with layers=, or convert it."
                 )
-    return layers
 
 
 def some(names: Iterable[str], most: int = 6) -> str:

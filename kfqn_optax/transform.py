@@ -111,7 +111,7 @@ def kbfgs(
     """
     check_decay("momentum", momentum)
     check("weight_decay", weight_decay, lambda v: v >= 0, "at least 0")
-    layers = None if layers is None else tuple(layers)
+    layers = layers_lib.as_layers(layers)
     chosen = optax.chain(
         optax.identity()
         if isinstance(weight_decay, (int, float)) and weight_decay == 0
@@ -190,12 +190,13 @@ def scale_by_kbfgs(
         <https://arxiv.org/abs/2006.08877>`_, NeurIPS 2020, Algorithm 2.
     """
     options = Options(learning_rate, damping, factor_decay, pair_decay, powell, curvature_tolerance)
-    given = None if layers is None else tuple(layers)
+    given = layers_lib.as_layers(layers)
 
     def init_fn(params: Any) -> ScaleByKBFGSState:
         leaves = named_leaves(params)
         _check_real(leaves)
-        present = layers_lib.check_layers(_layers_present(given, leaves), leaves)
+        present = _layers_present(given, leaves)
+        layers_lib.check_layers(present, leaves)
         return ScaleByKBFGSState(
             count=jnp.zeros((), jnp.int32),
             layers={
@@ -304,7 +305,7 @@ def _layers_present(given: tuple[Layer, ...] | None, leaves: dict[str, Any]) -> 
     return tuple(
         layer
         for layer in given
-        if not isinstance(layer, Layer) or any(name in leaves for name in layer.parameter_paths)
+        if any(name in leaves for name in layer.parameter_paths)
     )
 
 
