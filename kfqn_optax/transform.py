@@ -132,11 +132,8 @@ def kbfgs(
 
     def labels(tree: Any) -> Any:
         leaves = named_leaves(tree)
-        mine = {
-            name
-            for layer in _layers_present(layers, leaves)
-            for name in layer.parameter_paths
-        }
+        _check_real(leaves)
+        mine = {p for layer in _layers_present(layers, leaves) for p in layer.parameter_paths}
         return jax.tree_util.tree_map_with_path(
             lambda path, _: KBFGS if layers_lib.path_name(path) in mine else FALLBACK, tree
         )

@@ -1,0 +1,62 @@
+# make demo    train the CURVES autoencoder with K-BFGS and with Adam, compare them in a figure
+# make test    the whole test suite
+#
+# Each target makes its own virtual environment first: .venv, or .venv-NAME with PYTHON=NAME, as in
+#     make test PYTHON=python3.12
+
+PYTHON ?= python3
+VENV := $(if $(filter python3,$(PYTHON)),.venv,.venv-$(notdir $(PYTHON)))
+BIN := $(VENV)/bin
+WORKERS ?= 2
+DEMO := runs/demo
+# Settings of the K-BFGS run that differ from configs/curves.py.
+KBFGS_SETTINGS ?=
+KBFGS_EPOCHS ?= 30
+ADAM_EPOCHS ?= 60
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-fast test-slow lint clean
+
+help:
+	@sed -n '1,/^$$/ s/^# \{0,1\}//p' Makefile
+	@echo "also: test-fast (the library without the experiments), test-slow, lint, clean"
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "$(PYTHON) is older than Python 3.11; name a newer one: make PYTHON=python3.12"; exit 1; }
+	@echo "setting up $(VENV); the first time this fetches packages and takes a few minutes"
+	$(PYTHON) -m venv $(VENV)
+
+# One stamp for each set of extras; a change of pyproject.toml installs again.
+$(VENV)/.installed-%: pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[$(subst +,$(comma),$*)]'
+	@touch $@
+
+comma := ,
+
+demo: $(VENV)/.installed-experiment
+	@if [ -e $(DEMO) ]; then \
+		kept=$(DEMO)-before-$$(date +%Y%m%d-%H%M%S); \
+		mv $(DEMO) $$kept && echo "the demo before this one is kept in $$kept"; fi
+	$(BIN)/kfqn-train --config configs/curves.py --workdir $(DEMO)/kbfgs \
+		--config.epochs=$(KBFGS_EPOCHS) $(KBFGS_SETTINGS)
+	$(BIN)/kfqn-train --config configs/curves.py --workdir $(DEMO)/adam \
+		--config.optimizer=adam --config.learning_rate=0.001 --config.epochs=$(ADAM_EPOCHS)
+	$(BIN)/kfqn-compare $(DEMO)/kbfgs $(DEMO)/adam --output $(DEMO)/compare.png
+
+test: $(VENV)/.installed-experiment+test
+	$(BIN)/python -m pytest -n $(WORKERS)
+
+test-fast: $(VENV)/.installed-test
+	$(BIN)/python -m pytest -n $(WORKERS) --ignore=tests/experiment --ignore=kfqn_optax/experiment
+
+test-slow: $(VENV)/.installed-experiment+test
+	$(BIN)/python -m pytest -n $(WORKERS) -m slow
+
+lint: $(VENV)/.installed-experiment+test+lint
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/pyright --pythonpath $(BIN)/python
+
+clean:
+	rm -rf .venv .venv-* build *.egg-info .pytest_cache .ruff_cache

@@ -1,0 +1,16 @@
+"""The CURVES autoencoder with K-BFGS at the settings of the paper's runs."""
+
+from kfqn_optax.experiment.config import default_config
+
+
+def get_config():
+    config = default_config()
+    config.problem = "curves"
+    config.optimizer = "kbfgs"
+    config.learning_rate = 0.3
+    config.damping = 0.3
+    config.weight_decay = 1e-5
+    config.warm_start = True
+    config.batch_size = 1000
+    config.epochs = 100
+    return config

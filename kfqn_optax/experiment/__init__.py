@@ -1,0 +1,19 @@
+"""Experiments: what `configs/*.py` ask for, from a config file to a figure.
+
+One way through the rooms, left to right:
+
+    config  ->  datasets, problems, optimizers  ->  steps  ->  train  ->  workdir, plots
+
+* `config`: every key a config file may have, its meaning and its range.
+* `datasets`: a problem's images, train and test.
+* `problems`: a problem's autoencoder and its losses.
+* `optimizers`: the Optax transformation that a config names.
+* `steps`: what runs on the device: training step, warm start, evaluation.
+* `train`: the loop over epochs and the clock.
+* `progress`: what a person sees meanwhile.
+* `workdir`: the files of a run, written and read back.
+* `plots`: figures and the table.
+* `cli`: the commands `kfqn-train` and `kfqn-compare`.
+
+The optimizers are used through their public names only, as any other program would.
+"""

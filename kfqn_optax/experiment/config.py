@@ -1,0 +1,145 @@
+"""Every key of a config file: its default, its meaning, its range.
+
+The keys are flat and the same in every file of `configs/`; those of the optimizer carry the
+argument names of `kfqn_optax.kbfgs`. One table is read three times: for the defaults, for the
+checks, and for the help of `kfqn-train`.
+"""
+
+import difflib
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from ml_collections import ConfigDict, config_dict
+
+from kfqn_optax.experiment.optimizers import OPTIMIZERS, Config
+from kfqn_optax.experiment.problems import PROBLEMS
+
+
+class ConfigError(ValueError):
+    """A config that cannot be run; the message is a sentence for the person who wrote it."""
+
+
+class Key(NamedTuple):
+    """One key of a config.
+
+    Attributes:
+        default: the default value; a type stands for a value of that type that is not set.
+        meaning: what the value does, for people.
+        rule: the values allowed, in words, to follow "must be".
+        allowed: the same rule as a function.
+    """
+
+    default: Any
+    meaning: str
+    rule: str
+    allowed: Callable[[Any], bool]
+
+
+def _one_of(default: str, names: dict, meaning: str) -> Key:
+    return Key(default, meaning, "one of " + ", ".join(names), lambda value: value in names)
+
+
+def _whole(default: int, meaning: str, least: int) -> Key:
+    return Key(
+        default, meaning, f"a whole number of at least {least}", lambda value: value >= least
+    )
+
+
+def _positive(default: float, meaning: str) -> Key:
+    return Key(default, meaning, "a finite number above 0", lambda value: 0 < value < math.inf)
+
+
+def _decay(default: float, meaning: str) -> Key:
+    return Key(default, meaning, "at least 0 and below 1", lambda value: 0 <= value < 1)
+
+
+def _switch(default: bool, meaning: str) -> Key:
+    return Key(default, meaning, "True or False", lambda value: True)
+
+
+KEYS = {
+    "problem": _one_of("curves", PROBLEMS, "which images, network and loss"),
+    "data_dir": Key(
+        str,
+        "folder with the raw data files; unset: the manual folder of TFDS",
+        "text",
+        lambda value: True,
+    ),
+    "download": _switch(False, "whether data may be fetched from the network"),
+    "train_examples": _whole(0, "use only so many training images; 0: all", 0),
+    "optimizer": _one_of("kbfgs", OPTIMIZERS, "the training rule"),
+    "learning_rate": _positive(0.3, "step size; 0.3 suits kbfgs, adam wants about 0.001"),
+    "damping": _positive(0.3, "kbfgs: lambda of the paper"),
+    "momentum": _decay(0.9, "kbfgs, sgdm: decay of the gradient's running average (kbfgs) or sum"),
+    "weight_decay": Key(
+        1e-5,
+        "tau in loss + tau/2 |w|^2",
+        "a finite number of at least 0",
+        lambda value: 0 <= value < math.inf,
+    ),
+    "factor_decay": _decay(0.9, "kbfgs: decay of the running second moments of layer inputs"),
+    "pair_decay": _decay(0.9, "kbfgs: decay of the running averages of s and y"),
+    "powell": Key(0.2, "kbfgs: mu_1 of double damping", "above 0 and below 1", lambda v: 0 < v < 1),
+    "warm_start": _switch(True, "kbfgs: average second moments over the train set before step 1"),
+    "curvature_examples": _whole(0, "kbfgs: measure curvature on so many of the batch; 0: all", 0),
+    "batch_size": _whole(1000, "images a step", 1),
+    "epochs": _whole(20, "passes over the training images", 1),
+    "seed": Key(
+        0,
+        "seed of the initial weights and the data order",
+        "0 to 2**32 - 1",
+        lambda v: 0 <= v < 2**32,
+    ),
+    "eval_batch_size": _whole(
+        1000, "images at a time in evaluation; changes memory, not results", 1
+    ),
+}
+
+
+def default_config() -> ConfigDict:
+    """Returns a config with every key at its default; `check` finds what is added by mistake."""
+    config = ConfigDict()
+    for name, key in KEYS.items():
+        unset = isinstance(key.default, type)
+        config[name] = config_dict.placeholder(key.default) if unset else key.default
+    return config
+
+
+def unknown_key(name: str) -> ConfigError:
+    """Returns the error for a key that does not exist; it names the nearest that does."""
+    near = difflib.get_close_matches(name, KEYS, n=1, cutoff=0.5)
+    hint = f"did you mean {near[0]!r}?" if near else f"the keys are {', '.join(KEYS)}."
+    return ConfigError(f"config has no key {name!r}; {hint}")
+
+
+def check(config: Config) -> None:
+    """Refuses a config that cannot be run.
+
+    Raises:
+        ConfigError: a key is unknown or missing, or a value has the wrong type or is out of range;
+            the message gives the key, the value and what is allowed.
+    """
+    for name in config:
+        if name not in KEYS:
+            raise unknown_key(name)
+    for name, key in KEYS.items():
+        if name not in config:
+            raise ConfigError(f"config lacks the key {name!r}; start from default_config().")
+        value = config[name]
+        unset = isinstance(key.default, type) and value is None
+        if not unset and not (_has_type(key, value) and key.allowed(value)):
+            raise ConfigError(f"config.{name} is {value!r}; it must be {key.rule}.")
+    if config.curvature_examples > config.batch_size:
+        raise ConfigError(
+            f"config.curvature_examples is {config.curvature_examples}, more than the batch of "
+            f"{config.batch_size}; give at most config.batch_size, or 0 for the whole batch."
+        )
+
+
+def _has_type(key: Key, value: Any) -> bool:
+    """Whether a value is of its key's type; a whole number may stand for a float."""
+    wanted = key.default if isinstance(key.default, type) else type(key.default)
+    if isinstance(value, bool):
+        return wanted is bool
+    return isinstance(value, (int, float) if wanted is float else wanted)
