@@ -9,6 +9,7 @@ def get_config():
     config.optimizer = "kbfgs"
     config.learning_rate = 0.3
     config.damping = 0.3
+    config.norm_constraint = 3.0
     config.weight_decay = 1e-5
     config.warm_start = True
     config.batch_size = 1000

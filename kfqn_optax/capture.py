@@ -336,8 +336,8 @@ def _fill_holes(full: Any, given: Any) -> Any:
         names, others = layers_lib.named_leaves(full), layers_lib.named_leaves(given)
         raise ValueError(
             "the parameters given to the update differ in structure from those given to "
-            f"curvature_fn; only in the update: {layers_lib.some(others.keys() - names.keys())}; "
-            f"only in curvature_fn: {layers_lib.some(names.keys() - others.keys())}. Pass both the "
+            f"curvature_fn; only in the update: {layers_lib.some(sorted(others.keys() - names.keys()))}; "
+            f"only in curvature_fn: {layers_lib.some(sorted(names.keys() - others.keys()))}. Pass both the "
             "same parameters."
         ) from error
 

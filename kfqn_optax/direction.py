@@ -3,10 +3,12 @@
 from collections.abc import Mapping
 
 import jax
+import jax.numpy as jnp
 
 from kfqn_optax import bfgs, layers
 from kfqn_optax.factors import LayerState
 from kfqn_optax.layers import Layer
+from kfqn_optax.options import Number
 
 
 def precondition(
@@ -27,3 +29,25 @@ def precondition(
     """
     M = layers.to_matrix(layer, gradients)
     return layers.from_matrix(layer, bfgs.apply(state.output, bfgs.apply(state.input, M).T).T)
+
+
+def constrain(
+    directions: Mapping[str, jax.Array],
+    gradients: Mapping[str, jax.Array],
+    learning_rate: Number,
+    limit: Number | None,
+) -> dict[str, jax.Array]:
+    """All directions P, shortened together so that ``learning_rate^2 <M, P>`` is at most a limit.
+
+    Args:
+        directions: P by parameter path.
+        gradients: M by parameter path, for those paths at least.
+        learning_rate: alpha.
+        limit: above 0; None for no limit.
+    """
+    if limit is None:
+        return dict(directions)
+    inner = sum(jnp.vdot(gradients[name].astype(p.dtype), p) for name, p in directions.items())
+    squared = learning_rate**2 * inner
+    scale = jnp.where(squared > limit, jnp.sqrt(limit / jnp.where(squared > 0, squared, 1)), 1)
+    return {name: p * scale.astype(p.dtype) for name, p in directions.items()}

@@ -34,6 +34,8 @@ class Options:
         curvature_tolerance: a pair is refused unless ``s.y > tolerance |s|^2 |v|``, v the mean
             cotangent (output side) or the mean input (input side); at least 0. From the authors'
             code, not in the paper.
+        norm_constraint: the most that ``alpha^2 <M, P>`` may be, above 0; None for no limit. Not in
+            the paper; see `scale_by_kbfgs`.
     """
 
     learning_rate: ScalarOrSchedule
@@ -42,6 +44,7 @@ class Options:
     pair_decay: Number = 0.9
     powell: Number = 0.2
     curvature_tolerance: Number = 1e-4
+    norm_constraint: Number | None = None
 
     def __post_init__(self):
         check("learning_rate", self.learning_rate, lambda v: v >= 0, "at least 0", schedule=True)
@@ -50,6 +53,8 @@ class Options:
         check_decay("pair_decay", self.pair_decay)
         check("powell", self.powell, lambda v: 0 < v < 1, "between 0 and 1, both excluded")
         check("curvature_tolerance", self.curvature_tolerance, lambda v: v >= 0, "at least 0")
+        if self.norm_constraint is not None:
+            check("norm_constraint", self.norm_constraint, lambda v: v > 0, "above 0, or None")
 
 
 def check_decay(name: str, value: Number) -> None:

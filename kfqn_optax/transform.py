@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from kfqn_optax import factors, layers as layers_lib
-from kfqn_optax.direction import precondition
+from kfqn_optax.direction import constrain, precondition
 from kfqn_optax.factors import LayerState
 from kfqn_optax.layers import Layer, named_leaves
 from kfqn_optax.options import Number, Options, ScalarOrSchedule, check, check_decay, value_at
@@ -50,6 +50,7 @@ def kbfgs(
     pair_decay: Number = 0.9,
     powell: Number = 0.2,
     curvature_tolerance: Number = 1e-4,
+    norm_constraint: Number | None = None,
     layers: Iterable[Layer] | None = None,
     fallback: optax.GradientTransformation | None = None,
 ) -> optax.GradientTransformationExtraArgs:
@@ -70,6 +71,8 @@ def kbfgs(
         pair_decay: decay of the running averages of s and y, in [0, 1).
         powell: mu_1 of Powell's damping, in (0, 1).
         curvature_tolerance: a pair is refused unless ``s.y > tolerance |s|^2 |v|``; at least 0.
+        norm_constraint: the most that ``learning_rate^2 <M, P>`` may be, above 0: longer steps are
+            shortened to it. None, the default, is K-BFGS as published.
         layers: which layers, from `find_layers`. By default every ``kernel`` with two axes in the
             parameters is a dense layer.
         fallback: what updates all other parameters; ``optax.adam(learning_rate)`` by default.
@@ -124,6 +127,7 @@ def kbfgs(
             pair_decay=pair_decay,
             powell=powell,
             curvature_tolerance=curvature_tolerance,
+            norm_constraint=norm_constraint,
             layers=layers,
         ),
         optax.scale_by_learning_rate(learning_rate),
@@ -149,6 +153,7 @@ def scale_by_kbfgs(
     pair_decay: Number = 0.9,
     powell: Number = 0.2,
     curvature_tolerance: Number = 1e-4,
+    norm_constraint: Number | None = None,
     layers: Iterable[Layer] | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Preconditions the updates of dense layers by their two K-BFGS factors.
@@ -162,6 +167,12 @@ def scale_by_kbfgs(
     updates that leave. With ``curvature_fn=None`` the factors stay as they are for this step.
     Unknown extra arguments are ignored.
 
+    ``norm_constraint`` limits the step. With P the preconditioned M, ``learning_rate^2 <M, P>`` is
+    the squared length of the step in the metric of the factors, twice the change of the loss that
+    their quadratic model predicts for it; where it is above the limit, P of all layers is scaled
+    down to meet it (as K-FAC implementations do). The published method has no such limit and can
+    diverge from one batch to the next, at the authors' own settings too.
+
     Factors and averages are float32 for parameters of float32 or fewer bits, float64 for float64;
     the updates that leave have the parameter's dtype.
 
@@ -173,6 +184,8 @@ def scale_by_kbfgs(
         pair_decay: decay of the running averages of s and y, in [0, 1).
         powell: mu_1 of Powell's damping, in (0, 1).
         curvature_tolerance: a pair is refused unless ``s.y > tolerance |s|^2 |v|``; at least 0.
+        norm_constraint: the most that ``learning_rate^2 <M, P>`` may be, above 0: longer steps are
+            shortened to it. None, the default, is K-BFGS as published.
         layers: which layers, from `find_layers`; by default every ``kernel`` with two axes.
 
     Returns:
@@ -186,7 +199,10 @@ def scale_by_kbfgs(
         Goldfarb, Ren, Bahamou, `Practical Quasi-Newton Methods for Training Deep Neural Networks
         <https://arxiv.org/abs/2006.08877>`_, NeurIPS 2020, Algorithm 2.
     """
-    options = Options(learning_rate, damping, factor_decay, pair_decay, powell, curvature_tolerance)
+    options = Options(
+        learning_rate, damping, factor_decay, pair_decay, powell, curvature_tolerance,
+        norm_constraint,
+    )  # fmt: skip
     given = layers_lib.as_layers(layers)
 
     def init_fn(params: Any) -> ScaleByKBFGSState:
@@ -238,10 +254,11 @@ def scale_by_kbfgs(
         }
 
         # Step 4: the direction, with both factors as the previous step left them.
-        preconditioned = dict(gradients)
+        directions = {}
         for layer in present:
-            preconditioned.update(precondition(layer, begun[layer.path], gradients))
-        updates = _like(updates, preconditioned, dtypes=params)
+            directions |= precondition(layer, begun[layer.path], gradients)
+        directions = constrain(directions, gradients, lr, options.norm_constraint)
+        updates = _like(updates, gradients | directions, dtypes=params)
         if measured is None:
             return updates, ScaleByKBFGSState(count, begun)
 

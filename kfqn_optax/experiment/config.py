@@ -81,6 +81,12 @@ KEYS = {
     "factor_decay": _decay(0.9, "kbfgs: decay of the running second moments of layer inputs"),
     "pair_decay": _decay(0.9, "kbfgs: decay of the running averages of s and y"),
     "powell": Key(0.2, "kbfgs: mu_1 of double damping", "above 0 and below 1", lambda v: 0 < v < 1),
+    "norm_constraint": Key(
+        0.0,
+        "kbfgs: the most that learning_rate^2 <M, P> may be, in units of the loss; 0: no limit",
+        "a finite number of at least 0",
+        lambda value: 0 <= value < math.inf,
+    ),
     "warm_start": _switch(True, "kbfgs: average second moments over the train set before step 1"),
     "curvature_examples": _whole(0, "kbfgs: measure curvature on so many of the batch; 0: all", 0),
     "batch_size": _whole(1000, "images a step", 1),

@@ -38,6 +38,7 @@ def _kbfgs(config: Config) -> Optimizer:
         factor_decay=config.factor_decay,
         pair_decay=config.pair_decay,
         powell=config.powell,
+        norm_constraint=config.norm_constraint or None,
     )
     return Optimizer(transformation, takes_curvature=True)
 
