@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from kfqn_optax import bfgs, pairs
 from kfqn_optax.layers import Layer
-from kfqn_optax.options import Number, Options
+from kfqn_optax.options import Options
 from kfqn_optax.pairs import Pair
 from kfqn_optax.statistics import LayerStatistics
 

@@ -1,8 +1,8 @@
 """Layers: what counts as one in a tree of parameters, and its parameters as one matrix.
 
 A dense layer computes ``h = x @ kernel + bias`` on the last axis of x. With the bias, its input is
-``a = [x, 1]`` and its parameters form one matrix [d_in, d_out]: the kernel with the bias as the last
-row (the transpose of the paper's W). ``d_in`` counts the bias row.
+``a = [x, 1]`` and its parameters form one matrix [d_in, d_out]: the kernel with the bias as the
+last row (the transpose of the paper's W). ``d_in`` counts the bias row.
 
 Parameters are named by their path in the tree, joined with "/": ``params/Dense_0/kernel``; a layer
 by the path of the dictionary that holds its kernel: ``params/Dense_0``.
@@ -79,7 +79,7 @@ def infer_layers(leaves: Mapping[str, Any]) -> tuple[Layer, ...]:
         leaves: parameters by path; anything with a shape will do.
 
     Returns:
-        A layer for every ``kernel`` with two axes, beside which there may be a ``bias`` of one axis.
+        A layer for every ``kernel`` of two axes; beside it there may be a ``bias`` of one axis.
 
     Raises:
         ValueError: for a kernel with another number of axes (a convolution, a DenseGeneral, a stack
@@ -93,8 +93,8 @@ def infer_layers(leaves: Mapping[str, Any]) -> tuple[Layer, ...]:
         shape = jnp.shape(leaf)
         if len(shape) != 2:
             raise ValueError(
-                f"layer {path!r} has a kernel with {len(shape)} axes, shape {shape}, which may be a "
-                "convolution, a DenseGeneral or a stack of layers: its shape alone does not tell. "
+                f"layer {path!r} has a kernel with {len(shape)} axes, shape {shape}, which may be "
+                "a convolution, a DenseGeneral or a stack of layers; its shape does not tell. "
                 "Pass layers=kfqn_optax.find_layers(loss_fn, params, *args), which looks at the "
                 "model; what is not among the layers goes to the fallback."
             )

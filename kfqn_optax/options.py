@@ -86,8 +86,10 @@ def check(
     if callable(value):
         if schedule:
             return
-        raise TypeError(f"{name} must be a number, not the function {value!r}: only learning_rate "
-                        "and damping may follow a schedule.")
+        raise TypeError(
+            f"{name} must be a number, not the function {value!r}: only learning_rate "
+            "and damping may follow a schedule."
+        )
     if isinstance(value, (bool, str)) or value is None:
         raise TypeError(f"{name} must be a number {range_}, got {value!r}.")
     try:

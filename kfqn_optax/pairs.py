@@ -143,10 +143,10 @@ def pair_status(pair: Pair, reference: jax.Array, tolerance: float) -> jax.Array
 
 
 def matmul(left: jax.Array, right: jax.Array) -> jax.Array:
-    """Matrix [r, d] times vector [d] or matrix [d, k], at the highest precision that the device offers."""
+    """Matrix [r, d] times vector [d] or matrix [d, k], at the device's highest precision."""
     return jnp.matmul(left, right, precision=jax.lax.Precision.HIGHEST)
 
 
 def dot(left: jax.Array, right: jax.Array) -> jax.Array:
-    """Inner product of two vectors [d], at the highest precision that the device offers."""
+    """Inner product of two vectors [d], at the device's highest precision."""
     return jnp.dot(left, right, precision=jax.lax.Precision.HIGHEST)

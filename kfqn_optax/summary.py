@@ -8,7 +8,8 @@ import optax
 
 from kfqn_optax.factors import LayerState
 from kfqn_optax.layers import join, named_leaves, path_name
-from kfqn_optax.transform import FALLBACK, MomentumState, ScaleByKBFGSState
+from kfqn_optax.optimizer import FALLBACK, MomentumState
+from kfqn_optax.transform import ScaleByKBFGSState
 
 _HEADER = ("parameter", "shape", "dtype", "updated by", "factors", "state bytes", "why")
 

@@ -10,10 +10,11 @@ from typing import Any
 
 import jax
 
-from kfqn_optax import factors
-from kfqn_optax.capture import LossFn, curvature_fn, split_arrays
+from kfqn_optax import factors, nnx
+from kfqn_optax.capture import curvature_fn
 from kfqn_optax.layers import some
 from kfqn_optax.statistics import LayerStatistics
+from kfqn_optax.tag import LossFn, split_arrays
 from kfqn_optax.transform import ScaleByKBFGSState
 
 
@@ -28,7 +29,7 @@ def warm_start(opt_state: Any, loss_fn: LossFn, params: Any, batches: Iterable[t
             (``optax.chain``, ``optax.partition``, ``optax.inject_hyperparams``, the ``opt_state``
             of an ``nnx.Optimizer``).
         loss_fn: ``loss_fn(params, *batch)``, as in `curvature_fn`.
-        params: all the parameters.
+        params: all the parameters; for an NNX optimizer the model, and ``loss_fn(model, *batch)``.
         batches: an iterable of tuples, each the arguments of ``loss_fn`` after ``params``.
 
     Returns:
@@ -80,6 +81,7 @@ def _with_moments(state: ScaleByKBFGSState, moments: dict[str, jax.Array]) -> Sc
 
 def _average_moments(loss_fn: LossFn, params: Any, batches: Iterable[tuple]) -> dict[str, Any]:
     """A by layer path, averaged over all examples of all batches."""
+    rebuild, params = nnx.open_model(params) if nnx.is_model(params) else (lambda p: p, params)
     totals = None
     programs: dict[Any, Callable] = {}
     for batch in batches:
@@ -90,7 +92,7 @@ def _average_moments(loss_fn: LossFn, params: Any, batches: Iterable[tuple]) -> 
             )
         call, arrays, key = split_arrays(loss_fn, batch, {})
         if key not in programs:
-            programs[key] = jax.jit(_weighted_moments(call))
+            programs[key] = jax.jit(_weighted_moments(call, rebuild))
         sums = programs[key](params, arrays)
         totals = sums if totals is None else jax.tree.map(jax.numpy.add, totals, sums)
     if totals is None:
@@ -98,12 +100,16 @@ def _average_moments(loss_fn: LossFn, params: Any, batches: Iterable[tuple]) -> 
     return {path: moment / weight for path, (moment, weight) in totals.items()}
 
 
-def _weighted_moments(call: Callable) -> Callable:
+def _weighted_moments(call: Callable, rebuild: Callable) -> Callable:
     def weigh(layer: LayerStatistics) -> tuple[jax.Array, jax.Array]:
         return layer.input_moment * layer.examples, layer.examples
 
     def run(params: Any, arrays: list) -> dict[str, tuple[jax.Array, jax.Array]]:
-        measured = curvature_fn(call, params, arrays)(params)
+        params = rebuild(params)
+        if nnx.is_model(params):
+            measured = nnx.nnx_curvature_fn(call, params, arrays)(nnx.parameters(params))
+        else:
+            measured = curvature_fn(call, params, arrays)(params)
         return {path: weigh(layer) for path, layer in measured.layers.items()}
 
     return run

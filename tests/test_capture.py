@@ -91,9 +91,7 @@ class OverExamples(nn.Module):
 
     @nn.compact
     def __call__(self, x):
-        shared = nn.vmap(
-            nn.Dense, variable_axes={"params": None}, split_rngs={"params": False}
-        )
+        shared = nn.vmap(nn.Dense, variable_axes={"params": None}, split_rngs={"params": False})
         return shared(3, name="Dense_1", **F64)(nn.relu(shared(4, name="Dense_0", **F64)(x)))
 
 

@@ -1,0 +1,155 @@
+"""`kbfgs`: the whole optimizer, weight decay and momentum before the factors, a fallback beside."""
+
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from kfqn_optax import checks
+from kfqn_optax import layers as layers_lib
+from kfqn_optax.layers import Layer, named_leaves
+from kfqn_optax.options import Number, ScalarOrSchedule, check, check_decay
+from kfqn_optax.transform import layers_present, scale_by_kbfgs
+
+KBFGS, FALLBACK = "kbfgs", "fallback"
+
+
+class MomentumState(NamedTuple):
+    """State of the momentum in `kbfgs`.
+
+    Attributes:
+        momentum: M, running average of the gradient, like the parameters, in the factors' dtype.
+    """
+
+    momentum: Any
+
+
+def kbfgs(
+    learning_rate: ScalarOrSchedule,
+    damping: ScalarOrSchedule = 0.3,
+    *,
+    momentum: Number = 0.9,
+    weight_decay: Number = 0.0,
+    factor_decay: Number = 0.9,
+    pair_decay: Number = 0.9,
+    powell: Number = 0.2,
+    curvature_tolerance: Number = 1e-4,
+    norm_constraint: Number | None = None,
+    layers: Iterable[Layer] | None = None,
+    fallback: optax.GradientTransformation | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    """K-BFGS, the Kronecker-factored quasi-Newton method of Goldfarb, Ren and Bahamou (2020).
+
+    Weight decay is added to the gradient, then momentum ``M <- momentum M + (1 - momentum) G`` is
+    taken (not bias-corrected), then `scale_by_kbfgs`, then the learning rate. Layers are dense
+    layers; every other parameter goes to ``fallback``, with a state of its own and without the
+    weight decay and momentum given here. ``summary(opt_state, params)`` prints which goes where.
+
+    Args:
+        learning_rate: alpha; a number at least 0, or a schedule.
+        damping: lambda; a number above 0, or a schedule. 0.3 is what the authors use with learning
+            rate 0.3 on autoencoders; smaller is faster until it diverges.
+        momentum: decay of M, in [0, 1).
+        weight_decay: tau, at least 0; ``tau`` times kernel and bias enters the gradient.
+        factor_decay: decay of the running second moment of layer inputs, in [0, 1).
+        pair_decay: decay of the running averages of s and y, in [0, 1).
+        powell: mu_1 of Powell's damping, in (0, 1).
+        curvature_tolerance: a pair is refused unless ``s.y > tolerance |s|^2 |v|``; at least 0.
+        norm_constraint: the most that ``learning_rate^2 <M, P>`` may be, above 0: longer steps are
+            shortened to it. None, the default, is K-BFGS as published.
+        layers: which layers, from `find_layers`. By default every ``kernel`` with two axes in the
+            parameters is a dense layer.
+        fallback: what updates all other parameters; ``optax.adam(learning_rate)`` by default.
+
+    Returns:
+        A transformation whose ``update`` needs ``params`` and the extra argument ``curvature_fn``:
+
+            tx.update(grads, state, params, curvature_fn=kfqn.curvature_fn(loss_fn, params, batch))
+
+        See `scale_by_kbfgs` for ``curvature_fn=None`` and for errors.
+
+    Raises:
+        TypeError, ValueError: for an argument that is not a number or out of range, by name.
+
+    Examples:
+        >>> import flax.linen as nn, jax, jax.numpy as jnp, optax, kfqn_optax as kfqn
+        >>> model = nn.Dense(1)
+        >>> x = jnp.arange(12.0).reshape(6, 2) / 12
+        >>> def loss_fn(params, x):
+        ...     return jnp.mean((model.apply(params, x) - x.sum(axis=1, keepdims=True)) ** 2)
+        >>> params = model.init(jax.random.key(0), x)
+        >>> tx = kfqn.kbfgs(learning_rate=0.3)
+        >>> state = tx.init(params)
+        >>> @jax.jit
+        ... def step(params, state):
+        ...     grads = jax.grad(loss_fn)(params, x)
+        ...     updates, state = tx.update(
+        ...         grads, state, params, curvature_fn=kfqn.curvature_fn(loss_fn, params, x))
+        ...     return optax.apply_updates(params, updates), state
+        >>> before = loss_fn(params, x)
+        >>> for _ in range(30):
+        ...     params, state = step(params, state)
+        >>> bool(loss_fn(params, x) < before / 10)
+        True
+
+    References:
+        Goldfarb, Ren, Bahamou, `Practical Quasi-Newton Methods for Training Deep Neural Networks
+        <https://arxiv.org/abs/2006.08877>`_, NeurIPS 2020.
+    """
+    check_decay("momentum", momentum)
+    check("weight_decay", weight_decay, lambda v: v >= 0, "at least 0")
+    layers = layers_lib.as_layers(layers)
+    chosen = optax.chain(
+        optax.identity()
+        if isinstance(weight_decay, (int, float)) and weight_decay == 0
+        else optax.add_decayed_weights(weight_decay),
+        _momentum(momentum),
+        scale_by_kbfgs(
+            learning_rate,
+            damping,
+            factor_decay=factor_decay,
+            pair_decay=pair_decay,
+            powell=powell,
+            curvature_tolerance=curvature_tolerance,
+            norm_constraint=norm_constraint,
+            layers=layers,
+        ),
+        optax.scale_by_learning_rate(learning_rate),
+    )
+    others = optax.adam(learning_rate) if fallback is None else fallback
+
+    def labels(tree: Any) -> Any:
+        leaves = named_leaves(tree)
+        checks.check_real(leaves)
+        mine = {p for layer in layers_present(layers, leaves) for p in layer.parameter_paths}
+        return jax.tree_util.tree_map_with_path(
+            lambda path, _: KBFGS if layers_lib.path_name(path) in mine else FALLBACK, tree
+        )
+
+    return optax.partition({KBFGS: chosen, FALLBACK: others}, labels)
+
+
+def _momentum(decay: Number) -> optax.GradientTransformation:
+    """``M <- decay M + (1 - decay) G``, kept in the factors' dtype; not bias-corrected.
+
+    As ``optax.ema(decay, debias=False)``, which however keeps bfloat16 averages of bfloat16
+    gradients.
+    """
+
+    def init_fn(params: Any) -> MomentumState:
+        return MomentumState(
+            jax.tree.map(lambda p: jnp.zeros(p.shape, layers_lib.factor_dtype(p.dtype)), params)
+        )
+
+    def update_fn(updates: Any, state: MomentumState, params: Any = None):
+        del params
+        updates = jax.tree.map(
+            lambda m, g: (decay * m + (1 - decay) * g.astype(m.dtype)).astype(m.dtype),
+            state.momentum,
+            updates,
+        )
+        return updates, MomentumState(updates)
+
+    return optax.GradientTransformation(init_fn, update_fn)
