@@ -86,7 +86,7 @@ def report(results, authors):
                 median = statistics.median(losses[epoch] for losses in finished)
                 change = 100 * (median / theirs - 1)
                 print(
-                    f"  epoch {epoch:2}  median {median:7.2f}  authors {theirs:7.2f}  {change:+.1f}%"
+                    f"  epoch {epoch:2}  median {median:7.2f}  theirs {theirs:7.2f}  {change:+.1f}%"
                 )
 
 

@@ -200,7 +200,10 @@ def _modules_with_kernel(tree: Any, path: str = "") -> list[tuple[str, Mapping[s
 def _insert(tree: Any, entries: Mapping[str, Mapping[str, Any]]) -> Any:
     """A copy of the tree with more entries in some of its dictionaries, given by path."""
     return _map_dictionaries(
-        lambda node, path: type(node)({**node, **entries[path]}) if path in entries else node, tree
+        lambda node, path: (
+            _dictionary(node, {**node, **entries[path]}) if path in entries else node
+        ),
+        tree,
     )
 
 
@@ -211,7 +214,7 @@ def _map_dictionaries(fn: Callable[[Any, str], Any], tree: Any, path: str = "") 
             key: _map_dictionaries(fn, child, layers_lib.join(path, str(key)))
             for key, child in tree.items()
         }
-        return fn(type(tree)(children), path)
+        return fn(_dictionary(tree, children), path)
     leaves, treedef = jax.tree_util.tree_flatten_with_path(
         tree, is_leaf=lambda node: isinstance(node, Mapping)
     )
@@ -241,3 +244,9 @@ def _fill_holes(full: Any, given: Any) -> Any:
             f"curvature_fn; only in the update: {here}; only in curvature_fn: {there}. Pass both "
             "the same parameters."
         ) from error
+
+
+def _dictionary(like: Mapping[str, Any], items: dict[str, Any]) -> Mapping[str, Any]:
+    """A dictionary of the same type as another: ``dict``, ``FrozenDict``, or the like."""
+    kind: Any = type(like)
+    return kind(items)

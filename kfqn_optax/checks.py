@@ -10,7 +10,7 @@ from kfqn_optax.factors import LayerState
 from kfqn_optax.layers import Layer
 from kfqn_optax.statistics import Statistics
 
-MISSING = object()  # stands for an argument that was left out
+MISSING: Any = object()  # stands for an argument that was left out
 
 
 def check_real(leaves: Mapping[str, Any]) -> None:

@@ -109,7 +109,7 @@ def infer_layers(leaves: Mapping[str, Any]) -> tuple[Layer, ...]:
     return tuple(layers)
 
 
-def dense(path: str, kernel_shape: tuple[int, int], bias: bool) -> Layer:
+def dense(path: str, kernel_shape: tuple[int, ...], bias: bool) -> Layer:
     """A dense layer from the shape of its kernel, [d_in without the bias row, d_out]."""
     return Layer(path, kernel_shape[0] + bias, kernel_shape[1], bias)
 

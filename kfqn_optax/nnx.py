@@ -21,7 +21,8 @@ from kfqn_optax.layers import Layer, join
 from kfqn_optax.statistics import Statistics, Sums
 from kfqn_optax.tag import LossFn, Seen
 
-_PREFIX = "kfqn_optax_"
+_PREFIX = "kfqn_optax_"  # of the attributes of a copy's layers
+_DISCOVERY = _PREFIX + "discovery"
 _discoveries = itertools.count()
 _open: dict[int, tag.Discovery] = {}  # discoveries under way, by number
 
@@ -123,7 +124,8 @@ def _discover(loss_fn: LossFn, model: nnx.Module, args: tuple, kwargs: dict) -> 
     def run(state: Any, arrays: list) -> jax.Array:
         copy = rebuild(state)
         for path, layer in _linear_layers(copy).items():
-            layer.kfqn_optax_discovery = (number, path)  # static: a new graph for every inner jit
+            # Static, so that the graph is new to every inner jit.
+            setattr(layer, _DISCOVERY, (number, path))
             layer.__class__ = _tagging(type(layer))
         return tag.scalar(loss_fn, call(copy, arrays))
 
@@ -151,8 +153,8 @@ def _tagging(kind: type[nnx.Linear]) -> type[nnx.Linear]:
     class Tagging(kind):
         def __call__(self, inputs: jax.Array, *args: Any, **kwargs: Any) -> jax.Array:
             output = super().__call__(inputs, *args, **kwargs)
-            if hasattr(self, "kfqn_optax_discovery"):
-                number, path = self.kfqn_optax_discovery
+            if hasattr(self, _DISCOVERY):
+                number, path = getattr(self, _DISCOVERY)
                 bias = self.bias is not None
                 return _open[number].see(path, self.kernel[...], bias, output)
             sums = {name: getattr(self, _PREFIX + name)[...] for name in Sums._fields}

@@ -1,7 +1,7 @@
 """`kbfgs`: the whole optimizer, weight decay and momentum before the factors, a fallback beside."""
 
 from collections.abc import Iterable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -104,7 +104,7 @@ def kbfgs(
     chosen = optax.chain(
         optax.identity()
         if isinstance(weight_decay, (int, float)) and weight_decay == 0
-        else optax.add_decayed_weights(weight_decay),
+        else optax.add_decayed_weights(cast(Any, weight_decay)),
         _momentum(momentum),
         scale_by_kbfgs(
             learning_rate,
@@ -116,9 +116,9 @@ def kbfgs(
             norm_constraint=norm_constraint,
             layers=layers,
         ),
-        optax.scale_by_learning_rate(learning_rate),
+        optax.scale_by_learning_rate(cast(Any, learning_rate)),
     )
-    others = optax.adam(learning_rate) if fallback is None else fallback
+    others = optax.adam(cast(Any, learning_rate)) if fallback is None else fallback
 
     def labels(tree: Any) -> Any:
         leaves = named_leaves(tree)
@@ -152,4 +152,4 @@ def _momentum(decay: Number) -> optax.GradientTransformation:
         )
         return updates, MomentumState(updates)
 
-    return optax.GradientTransformation(init_fn, update_fn)
+    return optax.GradientTransformation(init_fn, cast(Any, update_fn))

@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 
 UPDATED = 0
 NOT_POSITIVE = 1  # s.y <= 0
@@ -39,7 +40,7 @@ class Pair(NamedTuple):
     y: jax.Array
 
 
-def hessian_action(H: jax.Array, A: jax.Array, mean: jax.Array, damping: jax.Array) -> Pair:
+def hessian_action(H: jax.Array, A: jax.Array, mean: jax.Array, damping: ArrayLike) -> Pair:
     """The pair of the input side: ``s = H a``, ``y = (A + damping I) s``.
 
     The matrix to invert is known here, so y is exact and no difference has to be taken (the paper's
@@ -58,7 +59,7 @@ def hessian_action(H: jax.Array, A: jax.Array, mean: jax.Array, damping: jax.Arr
     return Pair(s, matmul(A, s) + damping * s)
 
 
-def damp_powell(pair: Pair, Hy: jax.Array, mu: jax.Array) -> tuple[Pair, jax.Array]:
+def damp_powell(pair: Pair, Hy: jax.Array, mu: ArrayLike) -> tuple[Pair, jax.Array]:
     """Powell's damping on the inverse: moves s towards ``Hy`` until ``s.y >= mu y.Hy``.
 
     ``s <- t s + (1 - t) Hy`` with ``t = (1 - mu) y.Hy / (y.Hy - s.y)``, when ``s.y <= mu y.Hy``;
@@ -82,7 +83,7 @@ def damp_powell(pair: Pair, Hy: jax.Array, mu: jax.Array) -> tuple[Pair, jax.Arr
     return Pair(jnp.where(damped, t * s + (1 - t) * Hy, s), y), damped
 
 
-def damp_second(pair: Pair, mu: jax.Array) -> tuple[Pair, jax.Array]:
+def damp_second(pair: Pair, mu: ArrayLike) -> tuple[Pair, jax.Array]:
     """The second damping: moves y towards s until ``s.y >= mu |s|^2``.
 
     ``y <- t y + (1 - t) s`` with ``t = (1 - mu) |s|^2 / (|s|^2 - s.y)``, when ``s.y <= mu |s|^2``;
@@ -111,7 +112,7 @@ def damp_second(pair: Pair, mu: jax.Array) -> tuple[Pair, jax.Array]:
 
 
 def damp_double(
-    pair: Pair, Hy: jax.Array, mu1: jax.Array, mu2: jax.Array
+    pair: Pair, Hy: jax.Array, mu1: ArrayLike, mu2: ArrayLike
 ) -> tuple[Pair, jax.Array, jax.Array]:
     """Powell's damping on s, then the second damping on y (the paper's "double damping").
 
@@ -123,7 +124,7 @@ def damp_double(
     return pair, by_powell, by_second
 
 
-def pair_status(pair: Pair, reference: jax.Array, tolerance: float) -> jax.Array:
+def pair_status(pair: Pair, reference: jax.Array, tolerance: ArrayLike) -> jax.Array:
     """Whether a pair may enter a factor: 0 if it may, else the reason why not.
 
     Args:

@@ -210,7 +210,7 @@ class _NotScalar(TypeError):
 
 def scalar(loss_fn: LossFn, result: Any) -> jax.Array:
     """The loss in what ``loss_fn`` returned: a scalar, or the first of a pair."""
-    loss = result[0] if isinstance(result, tuple) and len(result) == 2 else result
+    loss: Any = result[0] if isinstance(result, tuple) and len(result) == 2 else result
     if jax.tree.structure(loss) != jax.tree.structure(0) or jnp.shape(loss) != ():
         shapes = jax.tree.map(jnp.shape, loss)
         raise _NotScalar(

@@ -1,7 +1,7 @@
 """`scale_by_kbfgs`: one step of K-BFGS as an Optax gradient transformation, and its state."""
 
 from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +25,7 @@ class ScaleByKBFGSState(NamedTuple):
         layers: curvature by layer path.
     """
 
-    count: jax.Array
+    count: jax.Array  # pyright: ignore[reportIncompatibleMethodOverride]
     layers: dict[str, LayerState]
 
 
@@ -109,11 +109,11 @@ def scale_by_kbfgs(
         state: ScaleByKBFGSState,
         params: Any = None,
         *,
-        curvature_fn: Callable[[Any], Statistics] | object | None = MISSING,
+        curvature_fn: Callable[[Any], Statistics] | None = MISSING,
         **extra_args: Any,
     ) -> tuple[Any, ScaleByKBFGSState]:
         del extra_args
-        count = optax.safe_increment(state.count)
+        count = jnp.asarray(optax.safe_increment(state.count))
         gradients = named_leaves(updates)
         present = layers_present(given, gradients)
         checks.check_state(present, state.layers, gradients)
@@ -148,7 +148,7 @@ def scale_by_kbfgs(
 
         # Step 5: the same examples at the point that this step proposes.
         probe = jax.tree.map(lambda p, u: (p - lr * u).astype(p.dtype), params, updates)
-        probed = curvature_fn(probe)
+        probed = cast(Callable, curvature_fn)(probe)
         probe_weights = named_leaves(probe)
 
         # Steps 6 and 7: each factor takes one pair.
@@ -166,7 +166,7 @@ def scale_by_kbfgs(
             )
         return updates, ScaleByKBFGSState(count, learned)
 
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+    return optax.GradientTransformationExtraArgs(init_fn, cast(Any, update_fn))
 
 
 def layers_present(given: tuple[Layer, ...] | None, leaves: dict[str, Any]) -> tuple[Layer, ...]:

@@ -38,10 +38,11 @@ def test_reference_is_the_authors_run(golden, case):
             ("H_a_s", "H_a_s", 1), ("H_a_y", "H_a_y", 1),
         ]:  # fmt: skip
             assert relative(sign * r[ours], z[prefix + theirs]) < 1e-9, (prefix, ours)
-        for ours in ["W", "M", "direction", "G"]:
-            names = {"W": ("W_after", "b_after"), "M": ("momentum_W", "momentum_b"),
-                     "direction": ("direction_W", "direction_b"), "G": ("grad_W", "grad_b")}[ours]  # fmt: skip
-            expected = np.hstack([z[prefix + names[0]], z[prefix + names[1]][:, None]])
+        for ours, weight, bias in [
+            ("W", "W_after", "b_after"), ("M", "momentum_W", "momentum_b"),
+            ("direction", "direction_W", "direction_b"), ("G", "grad_W", "grad_b"),
+        ]:  # fmt: skip
+            expected = np.hstack([z[prefix + weight], z[prefix + bias][:, None]])
             assert relative(r[ours], expected) < 1e-9, (prefix, ours)
         assert r["H_g_status"] == z[prefix + "H_g_status"]
         assert r["H_a_status"] == z[prefix + "H_a_status"]
