@@ -11,7 +11,7 @@ Under one ``jit``, XLA merges this pass with the user's own gradient pass over t
 drops what nobody reads (the second moments at the probe).
 """
 
-import functools
+import dataclasses
 import inspect
 import itertools
 from collections.abc import Callable, Mapping
@@ -51,7 +51,8 @@ def curvature_fn(
     Returns:
         A function ``params -> Statistics`` which measures at any parameters of the same structure.
         Holes that ``optax.masked`` or ``optax.partition`` left in its argument are filled from
-        ``params``.
+        ``params``. It is a pytree (a ``jax.tree_util.Partial``) and may be an argument of a jitted
+        function.
 
     Raises:
         TypeError: if the loss does not return a scalar.
@@ -68,11 +69,8 @@ def curvature_fn(
         >>> statistics.layers["params"].input_moment.shape
         (4, 4)
     """
-    seen = _discover(loss_fn, params, args, kwargs)
-    return jax.tree_util.Partial(
-        functools.partial(_measure, loss_fn, tuple(s for s in seen if not s.stacked)),
-        params, args, kwargs,
-    )  # fmt: skip
+    seen = tuple(s for s in _discover(loss_fn, params, args, kwargs) if not s.stacked)
+    return jax.tree_util.Partial(_Measure(loss_fn, seen), params, args, kwargs)
 
 
 def find_layers(loss_fn: LossFn, params: Any, /, *args: Any, **kwargs: Any) -> tuple[Layer, ...]:
@@ -136,21 +134,27 @@ def _discover(loss_fn: LossFn, params: Any, args: tuple, kwargs: dict) -> tuple[
 # --- measuring: one pass forward and backward ---------------------------------------------------
 
 
-def _measure(
-    loss_fn: LossFn, seen: tuple[Seen, ...], full: Any, args: tuple, kwargs: dict, params: Any
-) -> Statistics:
-    """The statistics at ``params``; ``full`` fills the holes in it."""
-    params = _fill_holes(full, params)
+@dataclasses.dataclass(frozen=True)
+class _Measure:
+    """One pass; compares by what it does, so that a new one does not compile a step again."""
 
-    def see(module: nn.Module, inputs: jax.Array, output: jax.Array) -> jax.Array:
-        return tag.tag(output, inputs, module.get_variable("params", ENTRY))
+    loss_fn: LossFn
+    seen: tuple[Seen, ...]
 
-    def run(sums: dict[str, dict[str, jax.Array]]) -> jax.Array:
-        entries = {path: {ENTRY: of_layer} for path, of_layer in sums.items()}
-        with nn.intercept_methods(_interceptor(see)):
-            return tag.scalar(loss_fn, loss_fn(_insert(params, entries), *args, **kwargs))
+    def __call__(self, full: Any, args: tuple, kwargs: dict, params: Any) -> Statistics:
+        """The statistics at ``params``; ``full`` fills the holes in it."""
+        params = _fill_holes(full, params)
 
-    return tag.measure(run, seen, loss_fn)
+        def see(module: nn.Module, inputs: jax.Array, output: jax.Array) -> jax.Array:
+            return tag.tag(output, inputs, module.get_variable("params", ENTRY))
+
+        def run(sums: dict[str, dict[str, jax.Array]]) -> jax.Array:
+            entries = {path: {ENTRY: of_layer} for path, of_layer in sums.items()}
+            with nn.intercept_methods(_interceptor(see)):
+                loss = self.loss_fn(_insert(params, entries), *args, **kwargs)
+            return tag.scalar(self.loss_fn, loss)
+
+        return tag.measure(run, self.seen, self.loss_fn)
 
 
 # --- shared -------------------------------------------------------------------------------------

@@ -37,13 +37,16 @@ def constrain(
     learning_rate: Number,
     limit: Number | None,
 ) -> dict[str, jax.Array]:
-    """All directions P, shortened together so that ``learning_rate^2 <M, P>`` is at most a limit.
+    """All directions P, scaled down together so that the step is no longer than a limit.
+
+    Its squared length in the metric of the factors is ``learning_rate^2 <P, H^-1 P>``, which is
+    ``learning_rate^2 <M, P>`` as long as P is not scaled.
 
     Args:
         directions: P by parameter path.
         gradients: M by parameter path, for those paths at least.
         learning_rate: alpha.
-        limit: above 0; None for no limit.
+        limit: of the squared length, above 0; None for no limit.
     """
     if limit is None:
         return dict(directions)

@@ -83,7 +83,9 @@ def begin(
 
     Args:
         state: as the previous step left it.
-        measured: statistics at the parameters; None to leave the factors alone in this step.
+        measured: statistics at the parameters; None to leave the factors alone in this step. After
+            a warm start the input factor is made from A even so, and stays open to the first batch
+            that is measured.
         options: factor_decay is read.
         damping: lambda_A, the square root of lambda.
     """

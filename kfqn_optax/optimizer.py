@@ -57,8 +57,9 @@ def kbfgs(
         pair_decay: decay of the running averages of s and y, in [0, 1).
         powell: mu_1 of Powell's damping, in (0, 1).
         curvature_tolerance: a pair is refused unless ``s.y > tolerance |s|^2 |v|``; at least 0.
-        norm_constraint: the most that ``learning_rate^2 <M, P>`` may be, above 0: longer steps are
-            shortened to it. None, the default, is K-BFGS as published.
+        norm_constraint: the most that the squared length of the step in the metric of the factors
+            may be, above 0, in units of the loss (see `scale_by_kbfgs`). None, the default, is
+            K-BFGS as published.
         layers: which layers, from `find_layers`. By default every ``kernel`` with two axes in the
             parameters is a dense layer.
         fallback: what updates all other parameters; ``optax.adam(learning_rate)`` by default.

@@ -35,8 +35,8 @@ class Options:
         curvature_tolerance: a pair is refused unless ``s.y > tolerance |s|^2 |v|``, v the mean
             cotangent (output side) or the mean input (input side); at least 0. From the authors'
             code, not in the paper.
-        norm_constraint: the most that ``alpha^2 <M, P>`` may be, above 0; None for no limit. Not in
-            the paper; see `scale_by_kbfgs`.
+        norm_constraint: the most that the squared length of the step in the metric of the factors
+            may be, above 0; None for no limit. Not in the paper; see `scale_by_kbfgs`.
     """
 
     learning_rate: ScalarOrSchedule

@@ -52,10 +52,11 @@ def scale_by_kbfgs(
     Unknown extra arguments are ignored.
 
     ``norm_constraint`` limits the step. With P the preconditioned M, ``learning_rate^2 <M, P>`` is
-    the squared length of the step in the metric of the factors, twice the change of the loss that
-    their quadratic model predicts for it; where it is above the limit, P of all layers is scaled
-    down to meet it (as K-FAC implementations do). The published method has no such limit and can
-    diverge from one batch to the next, at the authors' own settings too.
+    the squared length of the step in the metric of the factors; where it is above the limit, P of
+    all layers is scaled down together until that length is the limit (as K-FAC implementations do).
+    It is in units of the loss: half of it is the curvature term of the factors' quadratic model.
+    The published method has no such limit and can diverge from one batch to the next, at the
+    authors' own settings too.
 
     Factors and averages are float32 for parameters of float32 or fewer bits, float64 for float64;
     the updates that leave have the parameter's dtype.
@@ -68,8 +69,8 @@ def scale_by_kbfgs(
         pair_decay: decay of the running averages of s and y, in [0, 1).
         powell: mu_1 of Powell's damping, in (0, 1).
         curvature_tolerance: a pair is refused unless ``s.y > tolerance |s|^2 |v|``; at least 0.
-        norm_constraint: the most that ``learning_rate^2 <M, P>`` may be, above 0: longer steps are
-            shortened to it. None, the default, is K-BFGS as published.
+        norm_constraint: the most that the squared length of the step in the metric of the factors
+            may be, above 0. None, the default, is K-BFGS as published.
         layers: which layers, from `find_layers`; by default every ``kernel`` with two axes.
 
     Returns:

@@ -4,6 +4,10 @@ from pathlib import Path
 
 import jax
 import pytest
+from models import problem
+from steps import batches_for, step_of
+
+import kfqn_optax as kfqn
 
 jax.config.update("jax_enable_x64", True)
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -23,3 +27,14 @@ def golden():
         return np.load(path)
 
     return load
+
+
+@pytest.fixture(scope="session")
+def trained():
+    """A transformation, its loss, and where four steps lead."""
+    loss_fn, params, *_ = problem()
+    tx = kfqn.kbfgs(0.1, 0.05)
+    state, step = tx.init(params), step_of(tx, loss_fn)
+    for batch in batches_for(params, count=4):
+        params, state, _ = step(params, state, *batch)
+    return tx, loss_fn, params, state

@@ -83,7 +83,7 @@ KEYS = {
     "powell": Key(0.2, "kbfgs: mu_1 of double damping", "above 0 and below 1", lambda v: 0 < v < 1),
     "norm_constraint": Key(
         0.0,
-        "kbfgs: the most that learning_rate^2 <M, P> may be, in units of the loss; 0: no limit",
+        "kbfgs: limit of the step's squared length in the factors' metric, in loss units; 0: none",
         "a finite number of at least 0",
         lambda value: 0 <= value < math.inf,
     ),
