@@ -24,7 +24,7 @@ def positive_case(seed, d):
 
 
 @settings(max_examples=100, deadline=None)
-@given(st.integers(0, 2**32 - 1), st.integers(1, 16))
+@given(st.integers(0, 2**32 - 1), st.sampled_from([1, 2, 5, 16]))
 def test_update_is_the_product_form(seed, d):
     H, pair = positive_case(seed, d)
     after, status = bfgs.update(H, pair, UPDATED)
