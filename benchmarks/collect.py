@@ -2,8 +2,8 @@
 
     python benchmarks/collect.py RUN RUN ... --output benchmarks/results/faces.json
 
-RUN is a folder that kfqn-train wrote; `kfqn-compare RUN RUN ...` shows the same runs as a figure and
-a table.
+RUN is a folder that kfqn-train wrote; `kfqn-compare RUN RUN ...` shows the same runs as a figure
+and a table.
 """
 
 import argparse
