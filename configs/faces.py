@@ -1,4 +1,4 @@
-"""The FACES autoencoder with K-BFGS at the settings of the paper's runs."""
+"""The FACES autoencoder with K-BFGS; damping tuned over 0.03, 0.1 and 0.3."""
 
 from kfqn_optax.experiment.config import default_config
 
@@ -8,7 +8,7 @@ def get_config():
     config.problem = "faces"
     config.optimizer = "kbfgs"
     config.learning_rate = 0.3
-    config.damping = 0.3
+    config.damping = 0.1
     config.norm_constraint = 3.0
     config.weight_decay = 1e-5
     config.warm_start = True

@@ -256,7 +256,7 @@ def test_end_to_end(tmp_path):
 
     done = _run("compare", workdir, "--output", str(tmp_path / "figure.png"), env=env)
     assert (done.returncode, done.stderr) == (0, "")
-    assert "K-BFGS, lr 0.3, damping 0.3" in done.stdout
+    assert "K-BFGS, lr 0.3, damping 0.1" in done.stdout
 
     shutil.rmtree(tmp_path / "tfds")
     arguments = ["--config", "configs/mnist.py", "--config.data_dir", str(tmp_path)]

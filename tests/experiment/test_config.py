@@ -18,13 +18,21 @@ def _get_config(path):
     return module.get_config()
 
 
+DAMPING = {"curves": 0.1, "mnist": 0.3, "faces": 0.1, "fashion_mnist": 0.3}
+
+
 @pytest.mark.parametrize("name", list(PROBLEMS))
 def test_config_file_of_each_problem(name):
     config = _get_config(CONFIGS / f"{name}.py")
     check(config)
     assert set(config) == set(KEYS)
     assert config.problem == name
-    assert (config.optimizer, config.learning_rate, config.damping) == ("kbfgs", 0.3, 0.3)
+    assert (config.optimizer, config.learning_rate, config.damping) == (
+        "kbfgs",
+        0.3,
+        DAMPING[name],
+    )
+    assert config.norm_constraint == 3.0
     assert (config.batch_size, config.weight_decay, config.warm_start) == (1000, 1e-5, True)
 
 

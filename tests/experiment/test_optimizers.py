@@ -60,7 +60,11 @@ def test_kbfgs_gets_every_number(monkeypatch):
         "factor_decay": 0.13,
         "pair_decay": 0.14,
         "powell": 0.15,
+        "norm_constraint": 0.18,
     }
     config = tiny.config(optimizer="kbfgs", learning_rate=0.16, damping=0.17, **numbers)
     assert optimizers.make_optimizer(config).takes_curvature
-    assert calls == [((0.16, 0.17), numbers)]
+    config.norm_constraint = 0.0
+    optimizers.make_optimizer(config)
+    unlimited = numbers | {"norm_constraint": None}
+    assert calls == [((0.16, 0.17), numbers), ((0.16, 0.17), unlimited)]
