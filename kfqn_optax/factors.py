@@ -5,7 +5,7 @@ inputs, G the mean Hessian of the loss with respect to its outputs. K-BFGS keeps
 ``input`` near ``(A + sqrt(lambda) I)^-1`` and ``output`` near ``G^-1``, and never inverts a matrix
 after the start: both learn by BFGS updates, one pair a step each.
 
-The functions here are those of one layer, arrays in, arrays out, in the order of DESIGN section 4.
+The functions here are those of one layer, arrays in, arrays out, in the order of a step.
 """
 
 from typing import NamedTuple
@@ -77,7 +77,7 @@ def begin(
 ) -> LayerState:
     """Before the direction: A takes in the batch; at the start the input factor is made from A.
 
-    DESIGN section 4, "before step 0" and step 3. A is the first batch's moment, unless
+    Algorithm 2 of the paper, before the direction. A is the first batch's moment, unless
     `warm_start` gave one, which the first batch then does not enter; afterwards a running average.
     A batch that did not reach the layer, or whose moment is not finite, leaves A as it is.
 
@@ -114,7 +114,7 @@ def learn(
     options: Options,
     damping: jax.Array,
 ) -> LayerState:
-    """After the probe: both factors take one pair. DESIGN section 4, steps 5 to 7.
+    """After the probe: both factors take one pair (Algorithm 2 of the paper).
 
     Args:
         state: from `begin`.
@@ -127,7 +127,7 @@ def learn(
     """
     tolerance = options.curvature_tolerance
 
-    # Step 6. The mean output is W a, so its change is (step) a+ + W (a+ - a): the small step is
+    # The mean output is W a, so its change is (step) a+ + W (a+ - a): the small step is
     # not lost in a difference of two large means.
     change = pairs.matmul(probed.input_mean, step) + pairs.matmul(
         probed.input_mean - measured.input_mean, weights
@@ -151,7 +151,7 @@ def learn(
     status = jnp.where(reached, status, pairs.NOT_MEASURED)
     output, output_status = bfgs.update(state.output, damped, status)
 
-    # Step 7.
+    # The input side: the matrix to invert is known, so its pair is exact.
     action = pairs.hessian_action(state.input, state.input_moment, measured.input_mean, damping)
     status = pairs.pair_status(action, measured.input_mean, tolerance)
     status = jnp.where(measured.rows > 0, status, pairs.NOT_MEASURED)

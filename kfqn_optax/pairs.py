@@ -44,7 +44,7 @@ def hessian_action(H: jax.Array, A: jax.Array, mean: jax.Array, damping: ArrayLi
     """The pair of the input side: ``s = H a``, ``y = (A + damping I) s``.
 
     The matrix to invert is known here, so y is exact and no difference has to be taken (the paper's
-    "Hessian action", section 3; DESIGN step 7).
+    "Hessian action", section 3).
 
     Args:
         H: the inverse as it stands, [d, d].

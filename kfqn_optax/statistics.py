@@ -10,7 +10,7 @@ one example's loss. From sums over all rows (examples and positions) we make
     input_mean      a = (1/(mT)) sum of a        mean over both
     cotangent_mean  g = (1/(mT)) sum of g        mean over both
 
-(DESIGN section 3; arXiv 2102.06737 for the positions.)
+(arXiv 2006.08877; arXiv 2102.06737 for the positions.)
 """
 
 from typing import NamedTuple

@@ -124,7 +124,7 @@ def scale_by_kbfgs(
         weights = named_leaves(params)
         lr, root = value_at(options.learning_rate, state.count), _root(options, state.count)
 
-        # Step 1: the curvature at params. Steps 0 and 3: A, and H_a at the start.
+        # The curvature at params; A takes it in, and at the start H_a is made from A.
         measured = None if curvature_fn is None else curvature_fn(params)
         if measured is not None:
             checks.check_statistics(present, measured, given is None, weights, state.layers)
@@ -138,7 +138,7 @@ def scale_by_kbfgs(
             for layer in present
         }
 
-        # Step 4: the direction, with both factors as the previous step left them.
+        # The direction, with both factors as the previous step left them.
         directions = {}
         for layer in present:
             directions |= precondition(layer, begun[layer.path], gradients)
@@ -147,12 +147,12 @@ def scale_by_kbfgs(
         if measured is None:
             return updates, ScaleByKBFGSState(count, begun)
 
-        # Step 5: the same examples at the point that this step proposes.
+        # The same examples at the point that this step proposes.
         probe = jax.tree.map(lambda p, u: (p - lr * u).astype(p.dtype), params, updates)
         probed = cast(Callable, curvature_fn)(probe)
         probe_weights = named_leaves(probe)
 
-        # Steps 6 and 7: each factor takes one pair.
+        # Each factor takes one pair.
         learned = {}
         for layer in present:
             before = layers_lib.to_matrix(layer, weights)
@@ -181,7 +181,7 @@ def layers_present(given: tuple[Layer, ...] | None, leaves: dict[str, Any]) -> t
 
 
 def _root(options: Options, count: jax.Array) -> jax.Array:
-    """sqrt(lambda): lambda_A and mu_2 of DESIGN section 4."""
+    """sqrt(lambda): the damping of A and mu_2 of double damping."""
     return jnp.sqrt(jnp.asarray(value_at(options.damping, count)))
 
 

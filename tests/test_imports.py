@@ -93,7 +93,7 @@ def ours(file):
 
 
 def test_a_room_imports_only_rooms_above_it():
-    """The table of STYLE.md, as far as it is binding; rooms made later are checked for order."""
+    """Who imports whom: a table for settled rooms; the others are checked for order."""
     table = {
         "options": set(),
         "layers": set(),

@@ -1,4 +1,4 @@
-"""Sums become means on the scale of DESIGN section 3: per example, not per batch."""
+"""Sums become means on the scale of the paper: per example, not per batch."""
 
 import jax.numpy as jnp
 import numpy as np
