@@ -188,7 +188,7 @@ def _interceptor(see: Callable[[nn.Module, jax.Array, jax.Array], jax.Array]) ->
     return intercept
 
 
-def _modules_with_kernel(tree: Any, path: str = "") -> list[tuple[str, Mapping[str, Any]]]:
+def _modules_with_kernel(tree: Any) -> list[tuple[str, Mapping[str, Any]]]:
     """Path and contents of every dictionary that holds a ``kernel``, in the order of the tree."""
     found = []
 
@@ -197,7 +197,7 @@ def _modules_with_kernel(tree: Any, path: str = "") -> list[tuple[str, Mapping[s
             found.append((path, node))
         return node
 
-    _map_dictionaries(visit, tree, path)
+    _map_dictionaries(visit, tree)
     return found
 
 

@@ -17,7 +17,7 @@ from kfqn_optax import bfgs, pairs
 from kfqn_optax.layers import Layer
 from kfqn_optax.options import Options
 from kfqn_optax.pairs import Pair
-from kfqn_optax.statistics import LayerStatistics
+from kfqn_optax.statistics import LayerStatistics, running_average
 
 # Stages of a layer: where its second moment A comes from.
 EMPTY = 0  # A holds nothing yet; the first batch will fill it
@@ -93,8 +93,7 @@ def begin(
     if measured is not None:
         new = measured.input_moment
         usable = (measured.rows > 0) & jnp.isfinite(jnp.sum(new))
-        decay = options.factor_decay
-        averaged = (decay * moment + (1 - decay) * new).astype(moment.dtype)
+        averaged = running_average(moment, new, options.factor_decay)
         kept = jnp.where(stage == EMPTY, new, jnp.where(stage == WARM, moment, averaged))
         moment = jnp.where(usable, kept, moment)
         stage = jnp.where(usable | (stage == WARM), RUNNING, stage)
@@ -137,12 +136,9 @@ def learn(
     finite = jnp.isfinite(jnp.sum(raw.s)) & jnp.isfinite(jnp.sum(raw.y))
     usable = reached & finite
     average = Pair(
-        *(
-            jnp.where(usable, options.pair_decay * old + (1 - options.pair_decay) * new, old)
-            for old, new in zip((state.s, state.y), raw, strict=True)
-        )
+        jnp.where(usable, running_average(state.s, raw.s, options.pair_decay), state.s),
+        jnp.where(usable, running_average(state.y, raw.y, options.pair_decay), state.y),
     )
-    average = Pair(average.s.astype(state.s.dtype), average.y.astype(state.y.dtype))
     damped, by_powell, by_second = pairs.damp_double(
         average, bfgs.apply(state.output, average.y), options.powell, damping
     )

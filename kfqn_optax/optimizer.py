@@ -11,6 +11,7 @@ from kfqn_optax import checks
 from kfqn_optax import layers as layers_lib
 from kfqn_optax.layers import Layer, named_leaves
 from kfqn_optax.options import Number, ScalarOrSchedule, check, check_decay
+from kfqn_optax.statistics import running_average
 from kfqn_optax.transform import layers_present, scale_by_kbfgs
 
 KBFGS, FALLBACK = "kbfgs", "fallback"
@@ -147,7 +148,7 @@ def _momentum(decay: Number) -> optax.GradientTransformation:
     def update_fn(updates: Any, state: MomentumState, params: Any = None):
         del params
         updates = jax.tree.map(
-            lambda m, g: (decay * m + (1 - decay) * g.astype(m.dtype)).astype(m.dtype),
+            lambda m, g: running_average(m, g.astype(m.dtype), decay),
             state.momentum,
             updates,
         )

@@ -13,7 +13,7 @@ one example's loss. From sums over all rows (examples and positions) we make
 (arXiv 2006.08877; arXiv 2102.06737 for the positions.)
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -99,3 +99,8 @@ def reduce(layer: Layer, sums: Sums, examples: int) -> LayerStatistics:
         rows=rows,
         examples=jnp.full_like(rows, examples),
     )
+
+
+def running_average(old: jax.Array, new: jax.Array, decay: Any) -> jax.Array:
+    """``decay old + (1 - decay) new`` in the dtype of ``old``; not bias-corrected."""
+    return (decay * old + (1 - decay) * new).astype(old.dtype)

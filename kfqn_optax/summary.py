@@ -38,7 +38,7 @@ def summary(opt_state: Any, params: Any = None) -> str:
         )
     partition = _only(opt_state, optax.transforms.PartitionState)
     inner = {} if partition is None else partition.inner_states
-    bytes_of = _bytes_by_name({k: v for k, v in inner.items()} or opt_state)
+    bytes_of = _bytes_by_name(inner or opt_state)
     shapes = named_leaves(params) if params is not None else _momentum_leaves(opt_state)
 
     rows = []
