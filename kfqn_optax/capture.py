@@ -1,7 +1,7 @@
 """Capture for Flax linen: one pass of the user's loss, seen layer by layer.
 
 Neither model nor loss is changed. Next to each kernel in the parameter tree we put an entry of
-zeros, the layer's `Sums`. Flax's lifted transforms slice and carry it exactly as they do the
+zeros, for sums over the layer's rows. Flax's lifted transforms slice and carry it exactly as they do the
 kernel. An interceptor reads it through the module's own scope and passes the layer's output through
 `tag.tag`, whose backward pass returns the sums as the "gradient" of those zeros. Sums over calls,
 positions, scanned and vmapped examples come out by themselves; nothing leaks out of a trace, and
@@ -12,9 +12,8 @@ drops what nobody reads (the second moments at the probe).
 """
 
 import dataclasses
-import inspect
 import itertools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import jax
@@ -22,14 +21,17 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from kfqn_optax import layers as layers_lib
-from kfqn_optax import tag
+from kfqn_optax import linen_kinds, loss
+from kfqn_optax.calls import Call
+from kfqn_optax.discovery import Discovery, Seen
 from kfqn_optax.layers import Layer
+from kfqn_optax.loss import LossFn
 from kfqn_optax.statistics import Statistics
-from kfqn_optax.tag import LossFn, Seen
+from kfqn_optax.tag import measure, tag
 
 ENTRY = "kfqn_optax_sums"  # name of the extra entry next to a kernel
+_KERNELS = ("kernel", "embedding")
 _discoveries = itertools.count()
-_DENSE_CALL = inspect.unwrap(nn.Dense.__call__)
 
 
 def curvature_fn(
@@ -49,10 +51,12 @@ def curvature_fn(
         **kwargs: the same, by name.
 
     Returns:
-        A function ``params -> Statistics`` which measures at any parameters of the same structure.
-        Holes that ``optax.masked`` or ``optax.partition`` left in its argument are filled from
-        ``params``. It is a pytree (a ``jax.tree_util.Partial``) and may be an argument of a jitted
-        function.
+        A function ``(params, *, moments=None, vectors=None) -> Statistics`` which measures at any
+        parameters of the same structure. ``moments`` holds the paths of the layers whose second
+        moments are wanted, None for all; ``vectors`` gives by layer path a vector v, [*blocks,
+        d_in], and A v is measured without forming A. Holes that ``optax.masked`` or
+        ``optax.partition`` left in its argument are filled from ``params``. It is a pytree (a
+        ``jax.tree_util.Partial``) and may be an argument of a jitted function.
 
     Raises:
         TypeError: if the loss does not return a scalar.
@@ -69,7 +73,7 @@ def curvature_fn(
         >>> statistics.layers["params"].input_moment.shape
         (4, 4)
     """
-    seen = tuple(s for s in _discover(loss_fn, params, args, kwargs) if not s.stacked)
+    seen = _discover(loss_fn, params, args, kwargs)
     return jax.tree_util.Partial(_Measure(loss_fn, seen), params, args, kwargs)
 
 
@@ -83,52 +87,69 @@ def find_layers(loss_fn: LossFn, params: Any, /, *args: Any, **kwargs: Any) -> t
         **kwargs: the same, by name.
 
     Returns:
-        One `Layer` for each ``nn.Dense`` whose parameters are in ``params``, in the order of the
+        One `Layer` for each ``nn.Dense``, ``nn.Conv``, ``nn.DenseGeneral``, ``nn.Einsum`` and
+        ``nn.Embed`` that the loss calls and whose parameters are in ``params``, in the order of the
         tree. For ``kbfgs(..., layers=...)``.
 
     Raises:
         TypeError: if the loss does not return a scalar.
-        ValueError: for a layer whose parameters are stacked by ``nn.scan`` or ``nn.vmap``, which is
-            not supported yet.
     """
-    return tag.find(_discover(loss_fn, params, args, kwargs))
+    return tuple(s.layer for s in _discover(loss_fn, params, args, kwargs))
 
 
 # --- discovery: one abstract evaluation ---------------------------------------------------------
 
 
 def _discover(loss_fn: LossFn, params: Any, args: tuple, kwargs: dict) -> tuple[Seen, ...]:
-    """Finds the dense layers of a loss by abstract evaluation.
+    """Finds the layers of a loss by abstract evaluation.
 
     ``module.path`` does not tell where a module's parameters are in the user's tree. So the extra
     entry of each candidate is a dictionary whose one key is that path, for the interceptor to read.
     The key is made unique to this discovery, so that no cached trace of an inner ``jit``, ``scan``
     or ``remat``, ours of before included, can hide a layer.
     """
-    token = f"#{next(_discoveries)}"
-    kernels = {path: module["kernel"] for path, module in _modules_with_kernel(params)}
-    candidates = {path: {ENTRY: {path + token: kernel}} for path, kernel in kernels.items()}
-    discovery = tag.Discovery({path: nn.meta.unbox(kernel) for path, kernel in kernels.items()})
+    modules = dict(_modules_with_kernel(params))
+    discovery = Discovery(
+        {
+            path: {k: nn.meta.unbox(v) for k, v in module.items() if not isinstance(v, Mapping)}
+            for path, module in modules.items()
+        }
+    )
+    call, arrays, _ = loss.split_arrays(loss_fn, args, kwargs)
 
-    def see(module: nn.Module, inputs: jax.Array, output: jax.Array) -> jax.Array:
-        (key,) = module.get_variable("params", ENTRY)
-        kernel = nn.meta.unbox(module.get_variable("params", "kernel"))
-        bias = module.has_variable("params", "bias")
-        return discovery.see(key.removesuffix(token), kernel, bias, output)
+    def evaluate(see: Callable, extra: Mapping[str, Mapping[str, jax.Array]]) -> Any:
+        token = f"#{next(_discoveries)}"
+        entries = {
+            path: {ENTRY: {path + token: _kernel(module), **extra.get(path, {})}}
+            for path, module in modules.items()
+        }
 
-    call, arrays, _ = tag.split_arrays(loss_fn, args, kwargs)
+        def see_path(module: nn.Module, *seen: Any) -> jax.Array:
+            entry = module.get_variable("params", ENTRY)
+            (path,) = (key.removesuffix(token) for key in entry if key.endswith(token))
+            return see(path, *seen)
 
-    def run(params: Any, arrays: list) -> jax.Array:
-        with nn.intercept_methods(_interceptor(see)):
-            return tag.scalar(loss_fn, call(_insert(params, candidates), arrays))
+        def run(params: Any, arrays: list) -> jax.Array:
+            with nn.intercept_methods(_interceptor(see_path)):
+                return loss.scalar(loss_fn, call(_insert(params, entries), arrays))
 
-    tag.explain(
-        lambda: jax.eval_shape(run, params, arrays),
+        return jax.eval_shape(run, params, arrays)
+
+    def traces(path: str, shapes: dict[str, tuple[int, ...]]) -> bool:
+        extra = {path: {f"{name}?": jnp.zeros(shape) for name, shape in shapes.items()}}
+        try:
+            evaluate(lambda path, call, inputs, output, kernel: output, extra)
+        except Exception:  # whatever Flax or JAX says when a slice does not fit
+            return False
+        return True
+
+    loss.explain(
+        lambda: evaluate(discovery.see, {}),
         loss_fn,
         plain=lambda: jax.eval_shape(call, params, arrays),
         needs=f"an extra entry {ENTRY!r} next to each kernel",
     )
-    return discovery.result()
+    return discovery.result(traces)
 
 
 # --- measuring: one pass forward and backward ---------------------------------------------------
@@ -141,31 +162,44 @@ class _Measure:
     loss_fn: LossFn
     seen: tuple[Seen, ...]
 
-    def __call__(self, full: Any, args: tuple, kwargs: dict, params: Any) -> Statistics:
+    def __call__(
+        self,
+        full: Any,
+        args: tuple,
+        kwargs: dict,
+        params: Any,
+        *,
+        moments: Collection[str] | None = None,
+        vectors: Mapping[str, jax.Array] | None = None,
+    ) -> Statistics:
         """The statistics at ``params``; ``full`` fills the holes in it."""
         params = _fill_holes(full, params)
+        kinds = {s.layer.path: s.layer.kind for s in self.seen}
 
-        def see(module: nn.Module, inputs: jax.Array, output: jax.Array) -> jax.Array:
-            return tag.tag(output, inputs, module.get_variable("params", ENTRY))
+        def see(module: nn.Module, call: Call, inputs, output, kernel) -> jax.Array:
+            # By kind: the lookups of an embedding that is also an output layer are not measured.
+            entry = module.get_variable("params", ENTRY).get(call.kind)
+            return output if entry is None else tag(call.geometry, output, inputs, dict(entry))
 
         def run(sums: dict[str, dict[str, jax.Array]]) -> jax.Array:
-            entries = {path: {ENTRY: of_layer} for path, of_layer in sums.items()}
+            entries = {path: {ENTRY: {kinds[path]: entry}} for path, entry in sums.items()}
             with nn.intercept_methods(_interceptor(see)):
-                loss = self.loss_fn(_insert(params, entries), *args, **kwargs)
-            return tag.scalar(self.loss_fn, loss)
+                result = self.loss_fn(_insert(params, entries), *args, **kwargs)
+            return loss.scalar(self.loss_fn, result)
 
-        return tag.measure(run, self.seen, self.loss_fn)
+        return measure(run, self.seen, self.loss_fn, moments, vectors)
 
 
 # --- shared -------------------------------------------------------------------------------------
 
 
-def _interceptor(see: Callable[[nn.Module, jax.Array, jax.Array], jax.Array]) -> Callable:
-    """A linen interceptor that passes the output of each layer with an extra entry to ``see``.
+def _interceptor(see: Callable[..., jax.Array]) -> Callable:
+    """A linen interceptor that passes each call of a layer with an extra entry to ``see``.
 
-    Only the call of ``nn.Dense`` itself counts: in a subclass that wraps it, the inner call. Layers
-    inside ``nn.WeightNorm`` and ``nn.SpectralNorm`` are passed over: the kernel they multiply with
-    is not the parameter.
+    ``see(module, call, inputs, output, kernel)`` returns what the layer returns. Only the calls of
+    Flax's own layers count: in a subclass that wraps one, the inner call. Layers inside
+    ``nn.WeightNorm`` and ``nn.SpectralNorm`` are passed over: the kernel they multiply with is not
+    the parameter.
     """
     inside: list[type] = []
 
@@ -177,28 +211,36 @@ def _interceptor(see: Callable[[nn.Module, jax.Array, jax.Array], jax.Array]) ->
         finally:
             inside.pop()
         if (
-            getattr(context.orig_method, "func", None) is _DENSE_CALL
-            and not any(issubclass(t, (nn.WeightNorm, nn.SpectralNorm)) for t in inside)
-            and module.has_variable("params", ENTRY)
+            not linen_kinds.is_layer_call(module, context.orig_method)
+            or any(issubclass(t, (nn.WeightNorm, nn.SpectralNorm)) for t in inside)
+            or not module.has_variable("params", ENTRY)
         ):
-            inputs = args[0] if args else kwargs["inputs"]
-            return see(module, jnp.asarray(inputs), output)
-        return output
+            return output
+        call, inputs = linen_kinds.describe(module, context.orig_method, args, kwargs, output)
+        if call is None:
+            return output
+        kernel = nn.meta.unbox(module.get_variable("params", call.kernel_name))
+        return see(module, call, inputs, output, kernel)
 
     return intercept
 
 
 def _modules_with_kernel(tree: Any) -> list[tuple[str, Mapping[str, Any]]]:
-    """Path and contents of every dictionary that holds a ``kernel``, in the order of the tree."""
+    """Path and contents of every dictionary that may be a layer's, in the order of the tree."""
     found = []
 
     def visit(node: Mapping[str, Any], path: str) -> Mapping[str, Any]:
-        if "kernel" in node and not isinstance(node["kernel"], Mapping):
+        if any(name in node and not isinstance(node[name], Mapping) for name in _KERNELS):
             found.append((path, node))
         return node
 
     _map_dictionaries(visit, tree)
     return found
+
+
+def _kernel(module: Mapping[str, Any]) -> Any:
+    """The kernel of a layer, boxed or bare."""
+    return next(module[name] for name in _KERNELS if name in module)
 
 
 def _insert(tree: Any, entries: Mapping[str, Mapping[str, Any]]) -> Any:

@@ -5,6 +5,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
+from kfqn_optax import inverse
 from kfqn_optax import layers as layers_lib
 from kfqn_optax.factors import LayerState
 from kfqn_optax.layers import Layer
@@ -49,14 +50,17 @@ def check_state(
 ) -> None:
     """Refuses gradients whose layers are not those that the state has factors for."""
     layers_lib.check_layers(present, gradients)
-    expected = {layer.path: (layer.d_in, layer.d_out) for layer in present}
-    found = {path: (s.input.shape[-1], s.output.shape[-1]) for path, s in held.items()}
+    expected = {layer.path: (layer.d_in, layer.d_out, layer.blocks or 1) for layer in present}
+    found = {
+        path: (inverse.size(s.input), inverse.size(s.output), s.stage.size)
+        for path, s in held.items()
+    }
     wrong = sorted(path for path in expected | found if expected.get(path) != found.get(path))
     if wrong:
         path = wrong[0]
         raise ValueError(
             "the state of K-BFGS was made for other parameters: layer "
-            f"{path!r} has (d_in, d_out) = {expected.get(path, 'no parameters')} in the gradients "
+            f"{path!r} has (d_in, d_out, blocks) = {expected.get(path, 'no parameters')} in the gradients "
             f"and {found.get(path, 'no factors')} in the state (differing: "
             f"{layers_lib.some(wrong)}). Call tx.init(params) on the parameters that are trained."
         )
@@ -83,7 +87,7 @@ def check_statistics(
         raise ValueError(
             f"curvature_fn measured no layer {layers_lib.some(lacking)}, which the optimizer "
             f"preconditions; it measured {layers_lib.some(measured.layers)}. Either the loss does "
-            "not call these as nn.Dense (pass layers=kfqn_optax.find_layers(loss_fn, params, "
+            "not call these as layers of a known kind (pass layers=kfqn_optax.find_layers(loss_fn, params, "
             "*args), and they go to the fallback), or curvature_fn was given another model's "
             "loss or parameters of another nesting."
         )

@@ -5,8 +5,9 @@ from collections.abc import Mapping
 import jax
 import jax.numpy as jnp
 
-from kfqn_optax import bfgs, layers
+from kfqn_optax import inverse, layers
 from kfqn_optax.factors import LayerState
+from kfqn_optax.inverse import Factor
 from kfqn_optax.layers import Layer
 from kfqn_optax.options import Number
 
@@ -25,10 +26,14 @@ def precondition(
         gradients: by parameter path; the layer's kernel and bias are read.
 
     Returns:
-        By parameter path, in the dtype of the factors: kernel [d_in - bias, d_out], bias [d_out].
+        By parameter path, in the dtype of the factors and the shapes of the parameters.
     """
+
+    def of_one(H_a: Factor, H_g: Factor, M: jax.Array) -> jax.Array:
+        return inverse.apply(H_g, inverse.apply(H_a, M).T).T
+
     M = layers.to_matrix(layer, gradients)
-    return layers.from_matrix(layer, bfgs.apply(state.output, bfgs.apply(state.input, M).T).T)
+    return layers.from_matrix(layer, layer.over_blocks(of_one)(state.input, state.output, M))
 
 
 def constrain(

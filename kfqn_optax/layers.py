@@ -1,19 +1,23 @@
 """Layers: what counts as one in a tree of parameters, and its parameters as one matrix.
 
-A dense layer computes ``h = x @ kernel + bias`` on the last axis of x. With the bias, its input is
-``a = [x, 1]`` and its parameters form one matrix [d_in, d_out]: the kernel with the bias as the
-last row (the transpose of the paper's W). ``d_in`` counts the bias row.
+A layer computes ``h = a W`` for each row of its input: one example at one position. With a bias,
+its input is ``a = [x, 1]``, and its parameters form one matrix [d_in, d_out]: the kernel as a
+matrix (`MatrixView`) with the bias as the last row (the transpose of the paper's W). ``d_in``
+counts the bias row. Where one array holds several such matrices (layers stacked by ``nn.scan``, the
+groups of a convolution) there is a leading axis of blocks, [blocks, d_in, d_out].
 
 Parameters are named by their path in the tree, joined with "/": ``params/Dense_0/kernel``; a layer
 by the path of the dictionary that holds its kernel: ``params/Dense_0``.
 """
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+
+from kfqn_optax.matrix import MatrixView
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,32 +26,56 @@ class Layer:
 
     Attributes:
         path: where its parameters are in the tree, e.g. ``params/encoder/Dense_0``.
-        d_in: length of its input vector, the constant 1 of the bias included.
-        d_out: length of its output vector.
-        bias: whether it has a bias.
-        kind: ``"dense"``, so far the only kind.
+        kind: what it is, in words: ``"dense"``, ``"conv"``, ...
+        kernel: how its kernel is read as a matrix, the axes of stacked layers included.
+        bias: the same for its bias, one row; None without a bias.
+        kernel_name: the kernel's key in the layer's dictionary.
+        bias_name: the bias's.
+        lookup: whether its input vector is one-hot (an embedding), so that the second moment of its
+            input is diagonal.
     """
 
     path: str
-    d_in: int
-    d_out: int
-    bias: bool
-    kind: str = "dense"
+    kind: str
+    kernel: MatrixView
+    bias: MatrixView | None
+    kernel_name: str = "kernel"
+    bias_name: str = "bias"
+    lookup: bool = False
+
+    @property
+    def d_in(self) -> int:
+        """Length of its input vector, the constant 1 of the bias included."""
+        return self.kernel.matrix_shape[-2] + (self.bias is not None)
+
+    @property
+    def d_out(self) -> int:
+        """Length of its output vector."""
+        return self.kernel.matrix_shape[-1]
+
+    @property
+    def blocks(self) -> int | None:
+        """How many matrices its kernel holds; None if it is one matrix."""
+        return self.kernel.matrix_shape[0] if self.kernel.blocks else None
 
     @property
     def kernel_path(self) -> str:
-        """Path of the kernel, [d_in - bias, d_out]."""
-        return join(self.path, "kernel")
+        """Path of the kernel."""
+        return join(self.path, self.kernel_name)
 
     @property
     def bias_path(self) -> str:
-        """Path of the bias, [d_out]."""
-        return join(self.path, "bias")
+        """Path of the bias."""
+        return join(self.path, self.bias_name)
 
     @property
     def parameter_paths(self) -> tuple[str, ...]:
         """Paths of all its parameters."""
-        return (self.kernel_path, self.bias_path) if self.bias else (self.kernel_path,)
+        return (self.kernel_path,) if self.bias is None else (self.kernel_path, self.bias_path)
+
+    def over_blocks(self, fn: Callable) -> Callable:
+        """A function of one matrix's arrays, mapped over the blocks if there are any."""
+        return fn if self.blocks is None else jax.vmap(fn)
 
 
 def join(*parts: str) -> str:
@@ -111,7 +139,13 @@ def infer_layers(leaves: Mapping[str, Any]) -> tuple[Layer, ...]:
 
 def dense(path: str, kernel_shape: tuple[int, ...], bias: bool) -> Layer:
     """A dense layer from the shape of its kernel, [d_in without the bias row, d_out]."""
-    return Layer(path, kernel_shape[0] + bias, kernel_shape[1], bias)
+    d_in, d_out = kernel_shape
+    return Layer(
+        path,
+        kind="dense",
+        kernel=MatrixView(((d_in,), (d_out,)), blocks=(), rows=(0,), columns=(1,)),
+        bias=MatrixView(((d_out,),), blocks=(), rows=(), columns=(0,)) if bias else None,
+    )
 
 
 def as_layers(layers: Iterable[Layer] | None) -> tuple[Layer, ...] | None:
@@ -137,8 +171,9 @@ def check_layers(layers: Iterable[Layer], leaves: Mapping[str, Any]) -> None:
         TypeError: if they are not real floating-point numbers.
     """
     for layer in layers:
-        shapes = [(layer.d_in - layer.bias, layer.d_out), (layer.d_out,)]
-        for name, shape in zip(layer.parameter_paths, shapes, strict=False):
+        views = (layer.kernel,) if layer.bias is None else (layer.kernel, layer.bias)
+        for name, view in zip(layer.parameter_paths, views, strict=True):
+            shape = view.shape
             if name not in leaves:
                 raise ValueError(
                     f"layer {layer.path!r} has no parameter {name!r} in the parameters given; "
@@ -170,20 +205,24 @@ def factor_dtype(dtype: Any) -> jnp.dtype:
 
 
 def to_matrix(layer: Layer, leaves: Mapping[str, jax.Array]) -> jax.Array:
-    """A layer's kernel and bias (or their gradients) as one matrix [d_in, d_out].
+    """A layer's kernel and bias (or their gradients) as one matrix, [*blocks, d_in, d_out].
 
     In the dtype of the factors; the bias is the last row.
     """
     kernel = leaves[layer.kernel_path]
     dtype = factor_dtype(kernel.dtype)
-    if not layer.bias:
-        return kernel.astype(dtype)
-    bias = leaves[layer.bias_path].astype(dtype)
-    return jnp.concatenate([kernel.astype(dtype), bias[None]], axis=0)
+    matrix = layer.kernel.to_matrix(kernel.astype(dtype))
+    if layer.bias is None:
+        return matrix
+    bias = layer.bias.to_matrix(leaves[layer.bias_path].astype(dtype))
+    return jnp.concatenate([matrix, bias], axis=-2)
 
 
 def from_matrix(layer: Layer, matrix: jax.Array) -> dict[str, jax.Array]:
     """The inverse of `to_matrix`: kernel and bias by path, in the matrix's dtype."""
-    if not layer.bias:
-        return {layer.kernel_path: matrix}
-    return {layer.kernel_path: matrix[:-1], layer.bias_path: matrix[-1]}
+    if layer.bias is None:
+        return {layer.kernel_path: layer.kernel.from_matrix(matrix)}
+    return {
+        layer.kernel_path: layer.kernel.from_matrix(matrix[..., :-1, :]),
+        layer.bias_path: layer.bias.from_matrix(matrix[..., -1:, :]),
+    }

@@ -1,34 +1,37 @@
 """Capture for Flax NNX: the same statistics as `capture`, from an NNX model and its loss.
 
 NNX has no interceptors. But a loss takes the model itself, so we hand it a copy: made from the
-graph of the user's model, the parameters to measure at, and the rest of its state, with each
-``nnx.Linear`` turned into a subclass that tags its output. The user's model, its batch statistics
-and its random counters are never touched. The zeros that `tag.tag` needs are variables of the
-copy's layers, of a subclass of ``nnx.Param``, so that ``nnx.jit``, ``nnx.scan``, ``nnx.vmap`` and
-``nnx.remat`` treat them as they do the kernels.
+graph of the user's model, the parameters to measure at, and the rest of its state, with each layer
+turned into a subclass that tags its output. The user's model, its batch statistics and its random
+counters are never touched. The zeros that `tag.tag` needs are variables of the copy's layers, of a
+subclass of ``nnx.Param``, so that ``nnx.jit``, ``nnx.scan``, ``nnx.vmap`` and ``nnx.remat`` treat
+them as they do the kernels.
 """
 
 import functools
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
-from kfqn_optax import tag
+from kfqn_optax import loss, nnx_kinds
+from kfqn_optax.discovery import Discovery, Seen
 from kfqn_optax.layers import Layer, join
-from kfqn_optax.statistics import Statistics, Sums
-from kfqn_optax.tag import LossFn, Seen
+from kfqn_optax.loss import LossFn
+from kfqn_optax.statistics import Statistics
+from kfqn_optax.tag import measure, tag
 
 _PREFIX = "kfqn_optax_"  # of the attributes of a copy's layers
-_DISCOVERY = _PREFIX + "discovery"
+_DISCOVERY, _KIND, _FIELDS = _PREFIX + "discovery", _PREFIX + "kind", _PREFIX + "fields"
 _discoveries = itertools.count()
-_open: dict[int, tag.Discovery] = {}  # discoveries under way, by number
+_open: dict[int, Callable] = {}  # what discoveries under way do with a call, by number
 
 
 class SumsParam(nnx.Param):
-    """One field of a layer's `Sums`, as a variable of the layer."""
+    """One field of a layer's entry (see `tag`), as a variable of the layer."""
 
 
 def nnx_curvature_fn(
@@ -45,7 +48,8 @@ def nnx_curvature_fn(
 
     Returns:
         A function from the model's parameters (``nnx.state(model, nnx.Param)``, of variables or of
-        bare arrays, as an Optax transformation gets them from ``nnx.Optimizer``) to `Statistics`.
+        bare arrays, as an Optax transformation gets them from ``nnx.Optimizer``) to `Statistics`,
+        with the keyword arguments ``moments`` and ``vectors`` of `curvature_fn`'s.
 
     Raises:
         TypeError: if the loss does not return a scalar, or ``model`` is not an NNX module.
@@ -68,29 +72,51 @@ def nnx_curvature_fn(
         >>> bool(loss_fn(model, x) < before)
         True
     """
-    seen = tuple(s for s in _discover(loss_fn, model, args, kwargs) if not s.stacked)
+    seen = _discover(loss_fn, model, args, kwargs)
+    kinds = {s.layer.path: s.layer.kind for s in seen}
     graph, _, rest = nnx.split(model, nnx.Param, ...)
 
-    def measure(params: Any) -> Statistics:
-        def run(sums: dict[str, dict[str, jax.Array]]) -> jax.Array:
+    def measure_at(
+        params: Any,
+        *,
+        moments: Collection[str] | None = None,
+        vectors: Mapping[str, jax.Array] | None = None,
+    ) -> Statistics:
+        def run(entries: dict[str, dict[str, jax.Array]]) -> jax.Array:
             copy = nnx.merge(graph, _variables(params), rest, copy=True)
-            for path, layer in _linear_layers(copy).items():
-                if path in sums:
-                    for name, zeros in sums[path].items():
-                        setattr(layer, _PREFIX + name, SumsParam(zeros))
+            for path, layer in _layers(copy).items():
+                if path in entries:
+                    for name, array in entries[path].items():
+                        setattr(layer, _PREFIX + name, SumsParam(array))
+                    setattr(layer, _FIELDS, tuple(entries[path]))
+                    setattr(layer, _KIND, kinds[path])
                     layer.__class__ = _tagging(type(layer))
-            return tag.scalar(loss_fn, loss_fn(copy, *args, **kwargs))
+            return loss.scalar(loss_fn, loss_fn(copy, *args, **kwargs))
 
-        return tag.measure(run, seen, loss_fn)
+        return measure(run, seen, loss_fn, moments, vectors)
 
-    return measure
+    return measure_at
 
 
 def find_nnx_layers(
     loss_fn: LossFn, model: nnx.Module, /, *args: Any, **kwargs: Any
 ) -> tuple[Layer, ...]:
-    """`find_layers` for a loss of an NNX model: one `Layer` for each ``nnx.Linear`` it calls."""
-    return tag.find(_discover(loss_fn, model, args, kwargs))
+    """`find_layers` for a loss of an NNX model.
+
+    Args:
+        loss_fn: as in `nnx_curvature_fn`.
+        model: the model.
+        *args: the rest of the loss's arguments; ``jax.ShapeDtypeStruct`` will do for arrays.
+        **kwargs: the same, by name.
+
+    Returns:
+        One `Layer` for each ``nnx.Linear``, ``nnx.Conv``, ``nnx.LinearGeneral``, ``nnx.Einsum`` and
+        ``nnx.Embed`` that the loss calls.
+
+    Raises:
+        TypeError: if the loss does not return a scalar, or ``model`` is not an NNX module.
+    """
+    return tuple(s.layer for s in _discover(loss_fn, model, args, kwargs))
 
 
 def is_model(params: Any) -> bool:
@@ -115,53 +141,87 @@ def _discover(loss_fn: LossFn, model: nnx.Module, args: tuple, kwargs: dict) -> 
             f"nnx_curvature_fn needs an NNX module, got {type(model).__name__}; for a linen model "
             "and its parameters use kfqn_optax.curvature_fn."
         )
-    number = next(_discoveries)
-    layers = _linear_layers(model)
-    discovery = tag.Discovery({path: layer.kernel[...] for path, layer in layers.items()})
+    layers = _layers(model)
+    discovery = Discovery({path: _parameters_of(layer) for path, layer in layers.items()})
     rebuild, state = open_model(model)
-    call, arrays, _ = tag.split_arrays(loss_fn, args, kwargs)
+    call, arrays, _ = loss.split_arrays(loss_fn, args, kwargs)
 
-    def run(state: Any, arrays: list) -> jax.Array:
-        copy = rebuild(state)
-        for path, layer in _linear_layers(copy).items():
-            # Static, so that the graph is new to every inner jit.
-            setattr(layer, _DISCOVERY, (number, path))
-            layer.__class__ = _tagging(type(layer))
-        return tag.scalar(loss_fn, call(copy, arrays))
+    def evaluate(see: Callable, extra: Mapping[str, list[jax.Array]]) -> Any:
+        number = next(_discoveries)
 
-    _open[number] = discovery
-    try:
-        tag.explain(lambda: jax.eval_shape(run, state, arrays), loss_fn)
-    finally:
-        del _open[number]
-    return discovery.result()
+        def run(state: Any, arrays: list) -> jax.Array:
+            copy = rebuild(state)
+            for path, layer in _layers(copy).items():
+                # Static, so that the graph is new to every inner jit.
+                setattr(layer, _DISCOVERY, (number, path))
+                for i, array in enumerate(extra.get(path, ())):
+                    setattr(layer, f"{_PREFIX}{i}", SumsParam(array))
+                layer.__class__ = _tagging(type(layer))
+            return loss.scalar(loss_fn, call(copy, arrays))
+
+        _open[number] = see
+        try:
+            return jax.eval_shape(run, state, arrays)
+        finally:
+            del _open[number]
+
+    def traces(path: str, shapes: dict[str, tuple[int, ...]]) -> bool:
+        try:
+            evaluate(
+                lambda path, call, inputs, output, kernel: output,
+                {path: [jnp.zeros(shape) for shape in shapes.values()]},
+            )
+        except Exception:  # whatever Flax or JAX says when a slice does not fit
+            return False
+        return True
+
+    loss.explain(lambda: evaluate(discovery.see, {}), loss_fn)
+    return discovery.result(traces)
 
 
-def _linear_layers(model: nnx.Module) -> dict[str, nnx.Linear]:
-    """The ``nnx.Linear`` modules of a model by path; not subclasses with their own call."""
+def _layers(model: nnx.Module) -> dict[str, nnx.Module]:
+    """The layers of a model by path."""
     return {
         join(*map(str, path)): module
         for path, module in nnx.iter_modules(model)
-        if isinstance(module, nnx.Linear) and type(module).__call__ is nnx.Linear.__call__
+        if nnx_kinds.is_layer(module)
+    }
+
+
+def _parameters_of(layer: nnx.Module) -> dict[str, Any]:
+    """The arrays of a layer's own parameters by name."""
+    return {
+        name: variable[...]
+        for name, variable in vars(layer).items()
+        if isinstance(variable, nnx.Param)
     }
 
 
 @functools.cache
-def _tagging(kind: type[nnx.Linear]) -> type[nnx.Linear]:
-    """A subclass of a linear layer that shows its output to a discovery or to `tag.tag`."""
+def _tagging(kind: type[nnx.Module]) -> type[nnx.Module]:
+    """A subclass of a layer that shows its calls to a discovery or to `tag.tag`."""
 
-    class Tagging(kind):
-        def __call__(self, inputs: jax.Array, *args: Any, **kwargs: Any) -> jax.Array:
-            output = super().__call__(inputs, *args, **kwargs)
+    def shown(method: str) -> Callable:
+        original = getattr(kind, method)
+
+        @functools.wraps(original)
+        def run(self, inputs: jax.Array, *args: Any, **kwargs: Any) -> jax.Array:
+            output = original(self, inputs, *args, **kwargs)
+            own = _parameters_of(self)
+            call = nnx_kinds.describe(self, method, inputs, args, kwargs, output)
+            if call is None:
+                return output
             if hasattr(self, _DISCOVERY):
                 number, path = getattr(self, _DISCOVERY)
-                bias = self.bias is not None
-                return _open[number].see(path, self.kernel[...], bias, output)
-            sums = {name: getattr(self, _PREFIX + name)[...] for name in Sums._fields}
-            return tag.tag(output, inputs, sums)
+                return _open[number](path, call, inputs, output, own[call.kernel_name])
+            if getattr(self, _KIND) != call.kind:
+                return output  # a lookup of an embedding that is also an output layer
+            entry = {name: own[_PREFIX + name] for name in getattr(self, _FIELDS)}
+            return tag(call.geometry, output, inputs, entry)
 
-    Tagging.__name__ = Tagging.__qualname__ = kind.__name__
-    return Tagging
+        return run
+
+    return type(kind.__name__, (kind,), {name: shown(name) for name in nnx_kinds.methods(kind)})
 
 
 def _variables(params: Any) -> Any:

@@ -17,6 +17,8 @@ import numpy as np
 
 Number = float | int | np.ndarray | jax.Array
 ScalarOrSchedule = Number | Callable[[jax.Array], Number]
+SPLITS = ("sqrt", "sqrt_t")
+LARGE_MEMORY = 100  # pairs kept for a side longer than max_factor_dim
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,6 +39,16 @@ class Options:
             code, not in the paper.
         norm_constraint: the most that the squared length of the step in the metric of the factors
             may be, above 0; None for no limit. Not in the paper; see `scale_by_kbfgs`.
+        input_memory: pairs kept for a limited-memory input factor; None for a dense one.
+        output_memory: the same for the output factor (K-BFGS(L): p).
+        max_factor_dim: a side longer than this is never dense; it keeps `LARGE_MEMORY` pairs.
+        matrix_free: whether A is never stored, and its product with a vector comes from the
+            current examples (arXiv 2102.06737).
+        shift: whether the second damping of the output pair is ``y + lambda_G s``, always
+            (arXiv 2102.06737), instead of only where ``s.y`` is below ``lambda_G |s|^2``.
+        split: how lambda is split between the sides for a layer of T positions an example:
+            ``"sqrt"``, sqrt(lambda) each; ``"sqrt_t"``, sqrt(lambda T) on the input side and
+            sqrt(lambda / T) on the output side (arXiv 2102.06737, third version).
     """
 
     learning_rate: ScalarOrSchedule
@@ -46,6 +58,12 @@ class Options:
     powell: Number = 0.2
     curvature_tolerance: Number = 1e-4
     norm_constraint: Number | None = None
+    input_memory: Number | None = None
+    output_memory: Number | None = None
+    max_factor_dim: Number = 8192
+    matrix_free: bool = False
+    shift: bool = False
+    split: str = "sqrt"
 
     def __post_init__(self):
         check("learning_rate", self.learning_rate, lambda v: v >= 0, "at least 0", schedule=True)
@@ -56,6 +74,35 @@ class Options:
         check("curvature_tolerance", self.curvature_tolerance, lambda v: v >= 0, "at least 0")
         if self.norm_constraint is not None:
             check("norm_constraint", self.norm_constraint, lambda v: v > 0, "above 0, or None")
+        for name, size in (
+            ("memory_size", self.output_memory),
+            ("input_memory", self.input_memory),
+            ("max_factor_dim", self.max_factor_dim),
+        ):
+            if size is not None:
+                check_size(name, size)
+        if self.split not in SPLITS:
+            raise ValueError(f"split must be one of {', '.join(SPLITS)}, got {self.split!r}.")
+
+
+def check_size(name: str, value: Number) -> None:
+    """Raises unless ``value`` is a whole number of at least 1, as far as that can be seen."""
+    check(name, value, lambda v: v >= 1 and v == int(v), "a whole number of at least 1")
+
+
+def known_size(name: str, value: Number) -> int:
+    """A size that decides the shapes of a state, as an int.
+
+    Raises:
+        TypeError: for a tracer, which ``optax.inject_hyperparams`` makes of a number in a jitted
+            ``init``.
+    """
+    if isinstance(value, jax.core.Tracer):
+        raise TypeError(
+            f"{name} decides the shapes of the state and must be a plain int, got a traced value. "
+            f"With optax.inject_hyperparams, name it in static_args={name!r}."
+        )
+    return int(value)
 
 
 def check_decay(name: str, value: Number) -> None:

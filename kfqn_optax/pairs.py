@@ -40,23 +40,21 @@ class Pair(NamedTuple):
     y: jax.Array
 
 
-def hessian_action(H: jax.Array, A: jax.Array, mean: jax.Array, damping: ArrayLike) -> Pair:
+def hessian_action(s: jax.Array, As: jax.Array, damping: ArrayLike) -> Pair:
     """The pair of the input side: ``s = H a``, ``y = (A + damping I) s``.
 
     The matrix to invert is known here, so y is exact and no difference has to be taken (the paper's
     "Hessian action", section 3).
 
     Args:
-        H: the inverse as it stands, [d, d].
-        A: second moment, [d, d].
-        mean: mean input a, [d].
+        s: the inverse as it stands times the mean input a, [d].
+        As: the second moment A times s, [d].
         damping: lambda_A, added to the diagonal of A.
 
     Returns:
         The pair; ``s.y >= damping |s|^2`` because A is positive semidefinite.
     """
-    s = matmul(H, mean)
-    return Pair(s, matmul(A, s) + damping * s)
+    return Pair(s, As + damping * s)
 
 
 def damp_powell(pair: Pair, Hy: jax.Array, mu: ArrayLike) -> tuple[Pair, jax.Array]:
@@ -109,6 +107,14 @@ def damp_second(pair: Pair, mu: ArrayLike) -> tuple[Pair, jax.Array]:
     shift = mu - sy / jnp.where(ss > 0, ss, 1)
     y_damped = jnp.where(divisible, t * y + (1 - t) * s, y + shift * s)
     return Pair(s, jnp.where(damped, y_damped, y)), damped
+
+
+def damp_shift(pair: Pair, mu: ArrayLike) -> Pair:
+    """The Levenberg-Marquardt term: ``y <- y + mu s``, always (arXiv 2102.06737).
+
+    After Powell's damping, ``s.y >= mu |s|^2`` for certain, whatever mu above 0.
+    """
+    return Pair(pair.s, pair.y + mu * pair.s)
 
 
 def damp_double(

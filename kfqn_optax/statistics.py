@@ -2,17 +2,20 @@
 
 The scale is undone here, and only here. A layer's input is a (with a trailing 1 if it has a bias),
 on m examples of T positions each (a dense layer on vectors: T = 1; on sequences: their length; a
-module called K times: K times as many). The user's loss is a mean over the examples, so what
-backpropagation brings to the layer's output is ``g / m``, with ``g = d f_n / d h`` the gradient of
-one example's loss. From sums over all rows (examples and positions) we make
+convolution: its output pixels; a module called K times: K times as many). The user's loss is a mean
+over the examples, so what backpropagation brings to the layer's output is ``g / m``, with
+``g = d f_n / d h`` the gradient of one example's loss. From sums over all rows (examples and
+positions) we make
 
     input_moment    A = (1/m)   sum of a a^T     mean over examples, sum over positions
+    input_product   A v         without forming A, for a given vector v
     input_mean      a = (1/(mT)) sum of a        mean over both
     cotangent_mean  g = (1/(mT)) sum of g        mean over both
 
 (arXiv 2006.08877; arXiv 2102.06737 for the positions.)
 """
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -24,15 +27,20 @@ from kfqn_optax.layers import Layer
 class LayerStatistics(NamedTuple):
     """One layer on one batch, in the dtype of the factors.
 
+    Where a kernel holds several matrices (`Layer.blocks`), every array has one more axis in front.
+
     Attributes:
-        input_moment: A, [d_in, d_in].
+        input_moment: A, [d_in, d_in]; of an embedding's lookups the diagonal of A, [d_in]; None if
+            it was not asked for.
+        input_product: A times the vector that was given, [d_in]; None without one.
         input_mean: mean input with a trailing 1 if there is a bias, [d_in].
         cotangent_mean: mean gradient of an example's loss at the layer's output, [d_out].
         rows: number of rows, m times T; 0 if the loss does not depend on this layer.
         examples: m.
     """
 
-    input_moment: jax.Array
+    input_moment: jax.Array | None
+    input_product: jax.Array | None
     input_mean: jax.Array
     cotangent_mean: jax.Array
     rows: jax.Array
@@ -51,54 +59,46 @@ class Statistics(NamedTuple):
     layers: dict[str, LayerStatistics]
 
 
-class Sums(NamedTuple):
-    """Sums over the rows that pass through a layer, as capture collects them.
-
-    Attributes:
-        moment: sum of x x^T, [d, d], x the input without the constant 1.
-        inputs: sum of x, [d].
-        cotangents: sum of the gradient of the (mean) loss at the output, [d_out].
-        rows: number of rows, [1].
-    """
-
-    moment: jax.Array
-    inputs: jax.Array
-    cotangents: jax.Array
-    rows: jax.Array
-
-
-def zero_sums(layer: Layer, dtype: jnp.dtype) -> Sums:
-    """Sums over no rows at all."""
-    d = layer.d_in - layer.bias
-    return Sums(
-        moment=jnp.zeros((d, d), dtype),
-        inputs=jnp.zeros((d,), dtype),
-        cotangents=jnp.zeros((layer.d_out,), dtype),
-        rows=jnp.zeros((1,), dtype),
-    )
-
-
-def reduce(layer: Layer, sums: Sums, examples: int) -> LayerStatistics:
+def reduce(
+    layer: Layer,
+    sums: Mapping[str, jax.Array],
+    examples: int,
+    vector: jax.Array | None = None,
+) -> LayerStatistics:
     """Sums to statistics.
 
     Args:
         layer: whose sums they are.
-        sums: over all rows of the batch.
+        sums: over all rows of the batch, x the input without the constant 1 and d its length, each
+            with an axis of blocks in front if the layer has blocks: ``inputs``, of x, [d];
+            ``cotangents``, of the gradient of the (mean) loss at the output, [d_out]; ``rows``,
+            their number, []; and, if wanted, ``moment``, of x x^T, [d, d] ([d], its diagonal, for
+            a lookup), and ``product``, of x (x . v) for the vector v without its last entry, [d].
         examples: m, the number of examples.
+        vector: v, [*blocks, d_in].
     """
-    rows = sums.rows[0]
-    some_rows = jnp.maximum(rows, 1)
-    moment, inputs = sums.moment, sums.inputs
-    if layer.bias:
-        moment = jnp.block([[moment, inputs[:, None]], [inputs[None, :], rows]])
-        inputs = jnp.append(inputs, rows)
-    return LayerStatistics(
-        input_moment=moment / examples,
-        input_mean=inputs / some_rows,
-        cotangent_mean=sums.cotangents * (examples / some_rows),
-        rows=rows,
-        examples=jnp.full_like(rows, examples),
-    )
+
+    def of_one(sums: Mapping[str, jax.Array], vector: jax.Array | None) -> LayerStatistics:
+        rows, inputs = sums["rows"], sums["inputs"]
+        moment, product = sums.get("moment"), sums.get("product")
+        some_rows = jnp.maximum(rows, 1)
+        if layer.bias is not None:
+            if moment is not None:
+                moment = jnp.block([[moment, inputs[:, None]], [inputs[None, :], rows]])
+            if product is not None and vector is not None:
+                last = jnp.dot(inputs, vector[:-1]) + rows * vector[-1]
+                product = jnp.append(product + inputs * vector[-1], last)
+            inputs = jnp.append(inputs, rows)
+        return LayerStatistics(
+            input_moment=None if moment is None else moment / examples,
+            input_product=None if product is None else product / examples,
+            input_mean=inputs / some_rows,
+            cotangent_mean=sums["cotangents"] * (examples / some_rows),
+            rows=rows,
+            examples=jnp.full_like(rows, examples),
+        )
+
+    return layer.over_blocks(of_one)(dict(sums), vector)
 
 
 def running_average(old: jax.Array, new: jax.Array, decay: Any) -> jax.Array:

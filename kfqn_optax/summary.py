@@ -1,26 +1,30 @@
 """What will happen to every parameter, as a table to print."""
 
+from collections.abc import Iterable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
+from kfqn_optax import inverse
 from kfqn_optax.factors import LayerState
-from kfqn_optax.layers import join, named_leaves, path_name
+from kfqn_optax.layers import Layer, join, named_leaves, path_name
 from kfqn_optax.optimizer import FALLBACK, MomentumState
 from kfqn_optax.transform import ScaleByKBFGSState
 
+_KERNELS = ("kernel", "embedding")
 _HEADER = ("parameter", "shape", "dtype", "updated by", "factors", "state bytes", "why")
 
 
-def summary(opt_state: Any, params: Any = None) -> str:
+def summary(opt_state: Any, params: Any = None, layers: Iterable[Layer] | None = None) -> str:
     """A table of who updates which parameter, with what, and why.
 
     Args:
         opt_state: state of `kbfgs`, or of anything that holds a K-BFGS state.
         params: the parameters; without them, those outside the layers are listed without shapes,
             and not at all where ``scale_by_kbfgs`` is used without `kbfgs`.
+        layers: what `find_layers` returned, to say of what kind each layer is.
 
     Returns:
         One line a parameter: path, shape, dtype, who updates it, the sizes of its two factors, the
@@ -41,23 +45,24 @@ def summary(opt_state: Any, params: Any = None) -> str:
     bytes_of = _bytes_by_name(inner or opt_state)
     shapes = named_leaves(params) if params is not None else _momentum_leaves(opt_state)
 
+    kinds = {layer.path: layer.kind for layer in layers or ()}
     rows = []
     for name, leaf in shapes.items():
         path, _, last = name.rpartition("/")
         layer = state.layers.get(path)
         shape, dtype = ("", "") if leaf is None else (str(jnp.shape(leaf)), str(leaf.dtype))
         kept = bytes_of(name)
-        if layer is not None and last in ("kernel", "bias"):
-            by, why = "K-BFGS", "dense layer"
-            if last == "kernel":
-                factors = f"{layer.input.shape[-1]}^2 and {layer.output.shape[-1]}^2"
+        if layer is not None and last in (*_KERNELS, "bias"):
+            by, why = "K-BFGS", f"{kinds.get(path, '')} layer".strip()
+            if last in _KERNELS:
+                factors = f"{inverse.words(layer.input)} and {inverse.words(layer.output)}"
                 kept += _layer_bytes(layer)
             else:
                 factors = "with its kernel"
         else:
             by = "fallback" if FALLBACK in inner else "passed on"
             factors = "none"
-            why = "not among layers=" if last == "kernel" else "no part of a dense layer"
+            why = "not among layers=" if last in _KERNELS else "no part of a layer"
         rows.append((name, shape, dtype, by, factors, f"{kept:,}", why))
     total = sum(leaf.nbytes for leaf in jax.tree.leaves(opt_state))
     rows.append(("total", "", "", "", "", f"{total:,}", "counters included"))

@@ -3,258 +3,183 @@
 `tag` is an identity on a layer's output. Its backward pass returns sums over the rows that went
 through the layer as the "gradient" of some zeros that were handed in beside the output, so one
 ordinary ``jax.value_and_grad`` with respect to those zeros collects them, however the layer is
-called. Around it: what is known of a layer once it was seen, and what can be wrong with a loss.
+called.
+
+The zeros of a layer lie next to its kernel, and Flax's lifted transforms slice them as they do the
+kernel. So each has as many axes as the kernel (padded with axes of length 1), and where layers are
+stacked, the stack's axes are at the same places.
 """
 
-import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec, auto_axes
 
-from kfqn_optax import layers as layers_lib
-from kfqn_optax.layers import Layer
-from kfqn_optax.statistics import Statistics, Sums, reduce, zero_sums
+from kfqn_optax.discovery import Seen
+from kfqn_optax.loss import LossFn, explain
+from kfqn_optax.statistics import Statistics, reduce
 
-LossFn = Callable[..., Any]
-
-
-@dataclasses.dataclass(frozen=True)
-class Seen:
-    """A layer as it was met during discovery, one abstract evaluation of the loss.
-
-    Attributes:
-        layer: what it is.
-        examples: the length of the first axis of its input, axes hidden by vmap counted.
-        dtype: of its statistics.
-        outer_shape: the kernel's shape in the tree of parameters.
-        inner_shape: the kernel's shape inside the layer; another where layers are stacked.
-    """
-
-    layer: Layer
-    examples: int
-    dtype: jnp.dtype
-    outer_shape: tuple[int, ...]
-    inner_shape: tuple[int, ...]
-
-    @property
-    def stacked(self) -> bool:
-        """Whether the parameters of several layers are stacked in one array."""
-        return self.inner_shape != self.outer_shape
+Entry = dict[str, jax.Array]  # of one layer: zeros (or their sums) by field, and perhaps a vector
+VECTOR = "vector"
 
 
-class Discovery:
-    """Collects the layers that one abstract evaluation of a loss goes through.
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def tag(geometry: Any, output: jax.Array, inputs: jax.Array, entry: Entry) -> jax.Array:
+    """The output of a layer, unchanged; its backward pass collects sums over the layer's rows.
 
     Args:
-        kernels: the kernels in the tree of parameters, by layer path.
-    """
+        geometry: how the layer's call makes rows of its input and output.
+        output: of the layer.
+        inputs: what the layer was given.
+        entry: zeros by field, whose "gradient" is the sum over all rows of
 
-    def __init__(self, kernels: dict[str, Any]):
-        self._kernels = kernels
-        self._seen: dict[str, Seen] = {}
-        self._vmapped: dict[str, list[int]] = {}
-
-    def see(self, path: str, kernel: jax.Array, bias: bool, output: jax.Array) -> jax.Array:
-        """Notes a dense layer with its kernel as the layer sees it; returns the output."""
-        if path not in self._seen:
-            outer = self._kernels[path]
-            self._seen[path] = Seen(
-                layer=layers_lib.dense(path, kernel.shape, bias),
-                examples=output.shape[0] if output.ndim > 1 else 1,
-                dtype=layers_lib.factor_dtype(outer.dtype),
-                outer_shape=outer.shape,
-                inner_shape=kernel.shape,
-            )
-        return _watch_vmap(self._vmapped.setdefault(path, []), output, kernel)
-
-    def result(self) -> tuple[Seen, ...]:
-        """The layers in the order of the tree."""
-        return tuple(
-            dataclasses.replace(self._seen[path], examples=self._vmapped[path][-1])
-            if self._vmapped[path]
-            else self._seen[path]
-            for path in self._kernels
-            if path in self._seen
-        )
-
-
-def _watch_vmap(sizes: list[int], output: jax.Array, kernel: jax.Array) -> jax.Array:
-    """The output; notes the sizes of the axes that vmap hides from the layer, outermost last.
-
-    A layer under ``jax.vmap`` sees one example and cannot count them, but the batching rule of a
-    ``custom_vmap`` can. An axis which the kernel has too is a stack of layers, not of examples.
-    """
-
-    @jax.custom_batching.custom_vmap
-    def watch(output, kernel):
-        return output
-
-    @watch.def_vmap
-    def rule(axis_size, in_batched, output, kernel):
-        output_batched, kernel_batched = in_batched
-        if output_batched and not kernel_batched:
-            sizes.append(axis_size)
-        return _watch_vmap(sizes, output, kernel), output_batched
-
-    return watch(output, kernel)
-
-
-def find(seen: tuple[Seen, ...]) -> tuple[Layer, ...]:
-    """The layers, if K-BFGS supports them all.
-
-    Raises:
-        ValueError: for a layer whose parameters are stacked.
-    """
-    for s in seen:
-        if s.stacked:
-            raise ValueError(
-                f"layer {s.layer.path!r} has stacked parameters: its kernel is {s.outer_shape} in "
-                f"the tree and {s.inner_shape} in the layer, as nn.scan and nn.vmap with "
-                "variable_axes={'params': axis} make it. K-BFGS does not support stacked layers "
-                "yet; give these parameters to another optimizer with optax.partition, and K-BFGS "
-                "sees the others."
-            )
-    return tuple(s.layer for s in seen)
-
-
-def measure(
-    loss_of_sums: Callable[[dict[str, dict[str, jax.Array]]], jax.Array],
-    seen: tuple[Seen, ...],
-    loss_fn: LossFn,
-) -> Statistics:
-    """One pass forward and backward, reduced to statistics.
-
-    Args:
-        loss_of_sums: the loss as a function of the zeros that `tag` is given, by layer path.
-        seen: the layers.
-        loss_fn: the user's function, for messages.
-    """
-    zeros = {s.layer.path: zero_sums(s.layer, s.dtype)._asdict() for s in seen}
-    loss, sums = explain(lambda: jax.value_and_grad(loss_of_sums)(zeros), loss_fn)
-    return Statistics(
-        loss=loss,
-        layers={
-            s.layer.path: reduce(s.layer, Sums(**sums[s.layer.path]), s.examples) for s in seen
-        },
-    )
-
-
-@jax.custom_vjp
-def tag(output: jax.Array, inputs: jax.Array, sums: dict[str, jax.Array]) -> jax.Array:
-    """The output of a dense layer, unchanged; its backward pass collects the layer's `Sums`.
-
-    Args:
-        output: [..., d_out].
-        inputs: what the layer was given, [..., d_in without the bias].
-        sums: zeros, the fields of `Sums`; their "gradient" are the sums over all rows.
+            ``moment``: x x^T, x the row without the constant 1 of the bias;
+            ``inputs``: x;  ``cotangents``: the cotangent of the output row;  ``rows``: 1;
+            ``product``: x (x . v), for the vector v under ``vector``.
 
     Returns:
         ``output``, to the last bit, forward and backward.
     """
-    del inputs, sums
+    del geometry, inputs, entry
     return output
 
 
-def _tag_forward(output, inputs, sums):
-    return output, (inputs, sums["moment"])
+def _tag_forward(geometry, output, inputs, entry):
+    return output, (inputs, entry)
 
 
-def _tag_backward(residuals, cotangent):
-    inputs, zeros = residuals
-    dtype = zeros.dtype
-    x = inputs.reshape(-1, inputs.shape[-1]).astype(dtype)
-    g = cotangent.reshape(-1, cotangent.shape[-1])
-    # A plain constant would not be summed over an axis that vmap hides; this depends on g.
-    one_a_row = jnp.where(g[:, :1] == 0, 1, 1).astype(dtype)
-    sums = {
-        "moment": jnp.matmul(x.T, x, precision=jax.lax.Precision.HIGHEST),
-        "inputs": jnp.sum(x, axis=0),
-        "cotangents": jnp.sum(g.astype(dtype), axis=0),
-        "rows": jnp.sum(one_a_row, axis=0),
-    }
+def _tag_backward(geometry, residuals, cotangent):
+    inputs, entry = residuals
+    sums = _replicated(functools.partial(_sums, geometry), entry, inputs, cotangent)
     return cotangent, None, sums
+
+
+def _sums(geometry: Any, entry: Entry, inputs: jax.Array, cotangent: jax.Array) -> Entry:
+    dtype = entry["rows"].dtype
+    g = geometry.output_rows(cotangent, dtype)
+    # A plain constant would not be summed over an axis that vmap hides; this depends on g.
+    first = g.reshape(g.shape[0], -1)[:, 0]
+    total = geometry.input_sum(inputs, dtype)
+    sums = {
+        "inputs": lambda: total,
+        "moment": lambda: geometry.moment(inputs, dtype),
+        "product": lambda: geometry.product(inputs, entry[VECTOR].reshape(total.shape), dtype),
+        "cotangents": lambda: jnp.sum(g, axis=0),
+        "rows": lambda: jnp.sum(jnp.where(first == 0, 1, 1).astype(dtype)),
+        VECTOR: lambda: jnp.zeros_like(entry[VECTOR]),
+    }
+    return {name: sums[name]().reshape(zeros.shape) for name, zeros in entry.items()}
+
+
+def _replicated(fn: Callable[..., Any], *args: Any) -> Any:
+    """``fn(*args)``, its results on every device, where the batch is sharded explicitly.
+
+    Along axes of a mesh that are ``AxisType.Explicit`` JAX wants to be told how the result of each
+    reshape and contraction is sharded; inside, they are ``Auto`` axes. Without such axes nothing is
+    changed.
+    """
+    for arg in jax.tree.leaves(args):
+        mesh = jax.typeof(arg).sharding.mesh
+        if mesh.explicit_axes:
+            everywhere = NamedSharding(mesh, PartitionSpec())
+            return auto_axes(fn, axes=mesh.explicit_axes, out_sharding=everywhere)(*args)
+    return fn(*args)
 
 
 tag.defvjp(_tag_forward, _tag_backward)
 
 
-def split_arrays(loss_fn: LossFn, args: tuple, kwargs: dict) -> tuple[Callable, list, Any]:
-    """Splits the loss's arguments into arrays, which can be traced, and the rest, which cannot.
-
-    Returns:
-        ``call(params, arrays)``, the arrays, and a key that is equal for arguments which differ in
-        arrays only. Flags, strings and the like stay what they are.
-    """
-    leaves, treedef = jax.tree.flatten((args, kwargs))
-    kinds = (jax.Array, np.ndarray, np.generic, jax.ShapeDtypeStruct)
-    is_array = [isinstance(leaf, kinds) for leaf in leaves]
-
-    @functools.wraps(loss_fn, updated=())
-    def call(params: Any, arrays: list) -> Any:
-        rest = iter(arrays)
-        merged = [next(rest) if a else leaf for a, leaf in zip(is_array, leaves, strict=True)]
-        args, kwargs = jax.tree.unflatten(treedef, merged)
-        return loss_fn(params, *args, **kwargs)
-
-    static = tuple(None if a else leaf for a, leaf in zip(is_array, leaves, strict=True))
-    return call, [x for a, x in zip(is_array, leaves, strict=True) if a], (treedef, static)
-
-
-class _NotScalar(TypeError):
-    """The loss did not return a scalar."""
-
-
-def scalar(loss_fn: LossFn, result: Any) -> jax.Array:
-    """The loss in what ``loss_fn`` returned: a scalar, or the first of a pair."""
-    loss: Any = result[0] if isinstance(result, tuple) and len(result) == 2 else result
-    if jax.tree.structure(loss) != jax.tree.structure(0) or jnp.shape(loss) != ():
-        shapes = jax.tree.map(jnp.shape, loss)
-        raise _NotScalar(
-            f"{_name(loss_fn)} must return the mean loss of the batch, a scalar (or a pair of a "
-            f"scalar and auxiliary output); it returned shape {shapes}. Take the mean over the "
-            "examples."
-        )
-    return loss
-
-
-def explain(
-    run: Callable[[], Any], loss_fn: LossFn, plain: Callable[[], Any] | None = None, needs: str = ""
-) -> Any:
-    """Runs, and turns what can go wrong through our own doing into a sentence.
+def measure(
+    loss_of_entries: Callable[[dict[str, Entry]], jax.Array],
+    seen: tuple[Seen, ...],
+    loss_fn: LossFn,
+    moments: Collection[str] | None = None,
+    vectors: Mapping[str, jax.Array] | None = None,
+) -> Statistics:
+    """One pass forward and backward, reduced to statistics.
 
     Args:
-        run: a pass with our additions to the parameters.
-        loss_fn: for its name.
-        plain: the same pass without them, to see whether they are to blame.
-        needs: what the additions are.
+        loss_of_entries: the loss as a function of the entries that `tag` is given, by layer path.
+        seen: the layers.
+        loss_fn: the user's function, for messages.
+        moments: paths of the layers whose second moment is wanted; None for all.
+        vectors: by layer path, [*blocks, d_in]: A times this vector is wanted.
     """
-    try:
-        return run()
-    except _NotScalar:
-        raise
-    except Exception as error:
-        message = str(error)
-        if "custom_lin" in message or "forward-mode" in message:
-            raise ValueError(
-                f"{_name(loss_fn)} takes a forward-mode derivative (jax.jvp, jax.jacfwd, "
-                "jax.linearize or jax.hessian) through a layer. The layers' cotangents cannot be "
-                "collected through that: use reverse mode (jax.grad, jax.vjp) inside the loss, or "
-                "give curvature_fn a loss without that term."
-            ) from error
-        if plain is None:
-            raise
-        plain()  # raises the user's own error, where that is what it is
-        raise ValueError(
-            f"{_name(loss_fn)} runs on the parameters but not with {needs}, which curvature_fn "
-            f"needs: {type(error).__name__}: {message[:300]} Does it compare or combine the whole "
-            "tree of parameters with another tree? Give curvature_fn the loss without that term "
-            "(a penalty on the weights is not wanted there)."
-        ) from error
+    vectors = vectors or {}
+    zeros, given = {}, {}
+    for s in seen:
+        path = s.layer.path
+        wanted = ["inputs", "cotangents", "rows"]
+        if s.layer.lookup or moments is None or path in moments:
+            wanted.append("moment")
+        if path in vectors and not s.layer.lookup:
+            wanted.append("product")
+            given[path] = {VECTOR: _scatter(s, vectors[path])}
+        zeros[path] = {
+            name: jnp.zeros(_outer_shape(s, _inner_shape(s, name)), s.dtype) for name in wanted
+        }
+
+    def loss_of_zeros(zeros: dict[str, Entry]) -> jax.Array:
+        return loss_of_entries({path: {**zeros[path], **given.get(path, {})} for path in zeros})
+
+    loss, sums = explain(lambda: jax.value_and_grad(loss_of_zeros)(zeros), loss_fn)
+    return Statistics(
+        loss=loss,
+        layers={
+            s.layer.path: reduce(
+                s.layer,
+                {name: _gather(s, name, array) for name, array in sums[s.layer.path].items()},
+                s.examples,
+                vectors.get(s.layer.path),
+            )
+            for s in seen
+        },
+    )
 
 
-def _name(fn: Callable) -> str:
-    return getattr(fn, "__name__", None) or repr(fn)
+# --- where a layer's sums lie -------------------------------------------------------------------
+
+
+def _inner_shape(seen: Seen, name: str) -> tuple[int, ...]:
+    """Shape of a field for one of the stacked layers: [*groups, ...]."""
+    *groups, d, d_out = seen.kernel.matrix_shape
+    if name == "rows":
+        return (1,)
+    moment = (d,) if seen.layer.lookup else (d, d)
+    return (*groups, *{"moment": moment, "cotangents": (d_out,)}.get(name, (d,)))
+
+
+def _outer_shape(seen: Seen, inner: tuple[int, ...]) -> tuple[int, ...]:
+    """Shape of the entry: padded to the kernel's number of axes, the axes of the stack inserted."""
+    shape = [*inner, *[1] * (len(seen.kernel.shape) - len(inner))]
+    for axis in seen.stack:
+        shape.insert(axis, seen.layer.kernel.shape[axis])
+    return tuple(shape)
+
+
+def _gather(seen: Seen, name: str, array: jax.Array) -> jax.Array:
+    """An entry as [*blocks, ...]: the stack's axes in front, then the groups."""
+    layer, inner = seen.layer, _inner_shape(seen, name)
+    sizes = tuple(array.shape[axis] for axis in seen.stack)
+    array = jnp.moveaxis(array, seen.stack, range(len(seen.stack))).reshape(*sizes, *inner)
+    groups = seen.kernel.matrix_shape[:-2]
+    if name == "rows":
+        array = jnp.broadcast_to(array, (*sizes, *(groups or (1,)))).reshape(layer.blocks or ())
+        return array
+    if layer.blocks is None:
+        return array
+    return array.reshape(layer.blocks, *inner[len(groups) :])
+
+
+def _scatter(seen: Seen, vector: jax.Array) -> jax.Array:
+    """A vector [*blocks, d_in] as an entry, without the constant 1 of the bias."""
+    if seen.layer.bias is not None:
+        vector = vector[..., :-1]
+    inner = _inner_shape(seen, VECTOR)
+    sizes = tuple(seen.layer.kernel.shape[axis] for axis in seen.stack)
+    padding = [1] * (len(seen.kernel.shape) - len(inner))
+    array = vector.astype(seen.dtype).reshape(*sizes, *inner, *padding)
+    return jnp.moveaxis(array, range(len(seen.stack)), seen.stack)

@@ -1,5 +1,10 @@
-"""`scale_by_kbfgs`: one step of K-BFGS as an Optax gradient transformation, and its state."""
+"""One step of the whole family as an Optax gradient transformation, and its state.
 
+K-BFGS, K-BFGS(L) and KFQN take the same step; their `Options` say what their factors are and which
+pairs they learn from. `methods` has the three public transformations.
+"""
+
+import inspect
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple, cast
 
@@ -13,12 +18,12 @@ from kfqn_optax.checks import MISSING
 from kfqn_optax.direction import constrain, precondition
 from kfqn_optax.factors import LayerState
 from kfqn_optax.layers import Layer, named_leaves
-from kfqn_optax.options import Number, Options, ScalarOrSchedule, value_at
+from kfqn_optax.options import Options, value_at
 from kfqn_optax.statistics import Statistics
 
 
 class ScaleByKBFGSState(NamedTuple):
-    """State of `scale_by_kbfgs`.
+    """State of `scale_by_kbfgs`, `scale_by_kbfgs_l` and `scale_by_kfqn`.
 
     Attributes:
         count: number of steps taken, int32; schedules are evaluated at it.
@@ -29,65 +34,15 @@ class ScaleByKBFGSState(NamedTuple):
     layers: dict[str, LayerState]
 
 
-def scale_by_kbfgs(
-    learning_rate: ScalarOrSchedule,
-    damping: ScalarOrSchedule = 0.3,
-    *,
-    factor_decay: Number = 0.9,
-    pair_decay: Number = 0.9,
-    powell: Number = 0.2,
-    curvature_tolerance: Number = 1e-4,
-    norm_constraint: Number | None = None,
-    layers: Iterable[Layer] | None = None,
+def quasi_newton(
+    options: Options, layers: Iterable[Layer] | None
 ) -> optax.GradientTransformationExtraArgs:
-    """Preconditions the updates of dense layers by their two K-BFGS factors.
-
-    Algorithm 2 of the paper without weight decay, momentum and the step itself: the updates that
-    come in are M, those that leave are ``H_a M H_g``, to be scaled by minus the learning rate.
-    Other parameters pass unchanged.
-
-    ``update(updates, state, params, *, curvature_fn, **extra_args)`` measures the curvature twice,
-    by ``curvature_fn(params)`` and at the probe, ``params`` minus ``learning_rate`` times the
-    updates that leave. With ``curvature_fn=None`` the factors stay as they are for this step.
-    Unknown extra arguments are ignored.
-
-    ``norm_constraint`` limits the step. With P the preconditioned M, ``learning_rate^2 <M, P>`` is
-    the squared length of the step in the metric of the factors; where it is above the limit, P of
-    all layers is scaled down together until that length is the limit (as K-FAC implementations do).
-    It is in units of the loss: half of it is the curvature term of the factors' quadratic model.
-    The published method has no such limit and can diverge from one batch to the next, at the
-    authors' own settings too.
-
-    Factors and averages are float32 for parameters of float32 or fewer bits, float64 for float64;
-    the updates that leave have the parameter's dtype.
+    """The transformation for one set of options; see `methods.scale_by_kbfgs` for what it does.
 
     Args:
-        learning_rate: of the step at whose end the curvature is measured; give the same to
-            ``optax.scale_by_learning_rate`` behind this. A number or a schedule.
-        damping: lambda; a number above 0, or a schedule.
-        factor_decay: decay of the running second moment of layer inputs, in [0, 1).
-        pair_decay: decay of the running averages of s and y, in [0, 1).
-        powell: mu_1 of Powell's damping, in (0, 1).
-        curvature_tolerance: a pair is refused unless ``s.y > tolerance |s|^2 |v|``; at least 0.
-        norm_constraint: the most that the squared length of the step in the metric of the factors
-            may be, above 0. None, the default, is K-BFGS as published.
-        layers: which layers, from `find_layers`; by default every ``kernel`` with two axes.
-
-    Returns:
-        The transformation. Its ``init`` raises for a layer that cannot be told from its parameters
-        alone and for parameters that are not real floating-point numbers. Its ``update`` raises
-        ``TypeError`` when ``curvature_fn`` is left out, and ``ValueError`` when the parameters, the
-        statistics and the state do not have the same layers. A tree without layers needs neither
-        ``params`` nor ``curvature_fn``.
-
-    References:
-        Goldfarb, Ren, Bahamou, `Practical Quasi-Newton Methods for Training Deep Neural Networks
-        <https://arxiv.org/abs/2006.08877>`_, NeurIPS 2020, Algorithm 2.
+        options: of the method.
+        layers: which layers; None for every ``kernel`` with two axes.
     """
-    options = Options(
-        learning_rate, damping, factor_decay, pair_decay, powell, curvature_tolerance,
-        norm_constraint,
-    )  # fmt: skip
     given = layers_lib.as_layers(layers)
 
     def init_fn(params: Any) -> ScaleByKBFGSState:
@@ -99,7 +54,7 @@ def scale_by_kbfgs(
             count=jnp.zeros((), jnp.int32),
             layers={
                 layer.path: factors.init(
-                    layer, layers_lib.factor_dtype(leaves[layer.kernel_path].dtype)
+                    layer, layers_lib.factor_dtype(leaves[layer.kernel_path].dtype), options
                 )
                 for layer in present
             },
@@ -110,7 +65,7 @@ def scale_by_kbfgs(
         state: ScaleByKBFGSState,
         params: Any = None,
         *,
-        curvature_fn: Callable[[Any], Statistics] | None = MISSING,
+        curvature_fn: Callable[..., Statistics] | None = MISSING,
         **extra_args: Any,
     ) -> tuple[Any, ScaleByKBFGSState]:
         del extra_args
@@ -122,21 +77,26 @@ def scale_by_kbfgs(
             return updates, ScaleByKBFGSState(count, state.layers)
         checks.check_arguments(params, curvature_fn, present)
         weights = named_leaves(params)
-        lr, root = value_at(options.learning_rate, state.count), _root(options, state.count)
+        lr = value_at(options.learning_rate, state.count)
+        root = jnp.sqrt(jnp.asarray(value_at(options.damping, state.count)))
+        stored = [p for p, of_layer in state.layers.items() if of_layer.input_moment is not None]
 
         # The curvature at params; A takes it in, and at the start H_a is made from A.
-        measured = None if curvature_fn is None else curvature_fn(params)
-        if measured is not None:
+        measured = None
+        if curvature_fn is not None:
+            measured = _ask(curvature_fn, params, moments=stored)
             checks.check_statistics(present, measured, given is None, weights, state.layers)
         begun = {
             layer.path: factors.begin(
+                layer,
                 state.layers[layer.path],
                 None if measured is None else measured.layers[layer.path],
                 options,
-                root.astype(state.layers[layer.path].s.dtype),
             )
             for layer in present
         }
+        inputs = _input_factors(present, state.layers, begun, curvature_fn, params, options, root)
+        begun = {path: of_layer._replace(input=inputs[path]) for path, of_layer in begun.items()}
 
         # The direction, with both factors as the previous step left them.
         directions = {}
@@ -144,30 +104,93 @@ def scale_by_kbfgs(
             directions |= precondition(layer, begun[layer.path], gradients)
         directions = constrain(directions, gradients, lr, options.norm_constraint)
         updates = _like(updates, gradients | directions, dtypes=params)
-        if measured is None:
+        if measured is None or curvature_fn is None:
             return updates, ScaleByKBFGSState(count, begun)
 
         # The same examples at the point that this step proposes.
         probe = jax.tree.map(lambda p, u: (p - lr * u).astype(p.dtype), params, updates)
-        probed = cast(Callable, curvature_fn)(probe)
+        probed = _ask(curvature_fn, probe, moments=[])
         probe_weights = named_leaves(probe)
 
-        # Each factor takes one pair.
+        # Each factor takes one pair; where A is not stored, from its product with a vector.
+        vectors = {
+            layer.path: factors.input_step(layer, begun[layer.path], measured.layers[layer.path])
+            for layer in present
+            if layer.path not in stored
+        }
+        products = {}
+        if vectors:
+            again = curvature_fn(params, moments=[], vectors=vectors)
+            products = {path: again.layers[path].input_product for path in vectors}
         learned = {}
         for layer in present:
             before = layers_lib.to_matrix(layer, weights)
             learned[layer.path] = factors.learn(
+                layer,
                 begun[layer.path],
                 measured.layers[layer.path],
                 probed.layers[layer.path],
+                products.get(layer.path),
                 before,
                 layers_lib.to_matrix(layer, probe_weights) - before,
                 options,
-                root.astype(before.dtype),
+                root,
             )
         return updates, ScaleByKBFGSState(count, learned)
 
     return optax.GradientTransformationExtraArgs(init_fn, cast(Any, update_fn))
+
+
+def _input_factors(
+    present: tuple[Layer, ...],
+    held: dict[str, LayerState],
+    begun: dict[str, LayerState],
+    curvature_fn: Callable[..., Statistics] | None,
+    params: Any,
+    options: Options,
+    root: jax.Array,
+) -> dict[str, Any]:
+    """The input factors by layer path: as they were, or made from A where a layer starts.
+
+    What this needs (inverses, and the second moments of layers that do not store A) is computed in
+    the first step only.
+    """
+    unstored = [
+        path
+        for path, state in held.items()
+        if state.input_moment is None and isinstance(state.input, jax.Array)
+    ]
+
+    def make() -> dict[str, Any]:
+        moments = {}
+        if unstored and curvature_fn is not None:
+            measured = curvature_fn(params, moments=unstored)
+            moments = {path: measured.layers[path].input_moment for path in unstored}
+        return {
+            layer.path: factors.start(
+                layer,
+                held[layer.path],
+                begun[layer.path],
+                moments.get(layer.path),
+                options,
+                root,
+            )
+            for layer in present
+        }
+
+    starting = [jnp.any(factors.starts(held[path], begun[path])) for path in begun]
+    return jax.lax.cond(
+        jnp.any(jnp.stack(starting)), make, lambda: {path: held[path].input for path in begun}
+    )
+
+
+def _ask(curvature_fn: Callable[..., Statistics], params: Any, moments: list[str]) -> Statistics:
+    """The statistics at ``params``; a plain function of the parameters will do."""
+    try:
+        inspect.signature(curvature_fn).bind(params, moments=moments)
+    except (TypeError, ValueError):
+        return curvature_fn(params)
+    return curvature_fn(params, moments=moments)
 
 
 def layers_present(given: tuple[Layer, ...] | None, leaves: dict[str, Any]) -> tuple[Layer, ...]:
@@ -178,11 +201,6 @@ def layers_present(given: tuple[Layer, ...] | None, leaves: dict[str, Any]) -> t
     if given is None:
         return layers_lib.infer_layers(leaves)
     return tuple(layer for layer in given if any(name in leaves for name in layer.parameter_paths))
-
-
-def _root(options: Options, count: jax.Array) -> jax.Array:
-    """sqrt(lambda): the damping of A and mu_2 of double damping."""
-    return jnp.sqrt(jnp.asarray(value_at(options.damping, count)))
 
 
 def _like(tree: Any, leaves: dict[str, jax.Array], dtypes: Any) -> Any:

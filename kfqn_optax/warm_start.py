@@ -9,12 +9,14 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from kfqn_optax import factors, nnx
 from kfqn_optax.capture import curvature_fn
 from kfqn_optax.layers import some
+from kfqn_optax.lbfgs import Memory
+from kfqn_optax.loss import LossFn, split_arrays
 from kfqn_optax.statistics import LayerStatistics
-from kfqn_optax.tag import LossFn, split_arrays
 from kfqn_optax.transform import ScaleByKBFGSState
 
 
@@ -46,9 +48,10 @@ def warm_start(opt_state: Any, loss_fn: LossFn, params: Any, batches: Iterable[t
             "opt_state holds no K-BFGS state to start: pass what tx.init(params) returned, for a "
             "tx made with kbfgs or scale_by_kbfgs."
         )
-    moments = _average_moments(loss_fn, params, batches)
+    wanted = [path for state in states for path in state.layers if _takes_moment(state, path)]
+    averages = _averages(loss_fn, params, batches, wanted)
     return jax.tree.map(
-        lambda s: _with_moments(s, moments) if _is_state(s) else s, opt_state, is_leaf=_is_state
+        lambda s: _warmed(s, averages) if _is_state(s) else s, opt_state, is_leaf=_is_state
     )
 
 
@@ -56,31 +59,38 @@ def _is_state(node: Any) -> bool:
     return isinstance(node, ScaleByKBFGSState)
 
 
-def _with_moments(state: ScaleByKBFGSState, moments: dict[str, jax.Array]) -> ScaleByKBFGSState:
-    lacking = [path for path in state.layers if path not in moments]
+def _takes_moment(state: ScaleByKBFGSState, path: str) -> bool:
+    """Whether a layer's input factor is made from A; one of limited memory is not."""
+    return not isinstance(state.layers[path].input, Memory)
+
+
+def _warmed(state: ScaleByKBFGSState, averages: dict[str, Any]) -> ScaleByKBFGSState:
+    lacking = [path for path in state.layers if path not in averages]
     if lacking:
         raise ValueError(
-            f"the loss does not reach layer {some(lacking)} of the state as nn.Dense; it reaches "
-            f"{some(moments)}. Pass the loss and the parameters that the optimizer was made for."
+            f"the loss does not reach layer {some(lacking)} of the state; it reaches "
+            f"{some(averages)}. Pass the loss and the parameters that the optimizer was made for."
         )
     # In an nnx.Optimizer each array is wrapped in a variable; they keep their places.
     plain = jax.tree.map(
-        lambda leaf: jax.tree.leaves(leaf)[0],
+        lambda leaf: None if leaf is None else jax.tree.leaves(leaf)[0],
         state,
         is_leaf=lambda node: not isinstance(node, (tuple, dict)),
     )
     warmed = ScaleByKBFGSState(
         count=plain.count,
         layers={
-            path: factors.warm(layer_state, moments[path])
+            path: factors.warm(layer_state, *averages[path])
             for path, layer_state in plain.layers.items()
         },
     )
     return jax.tree.unflatten(jax.tree.structure(state), jax.tree.leaves(warmed))
 
 
-def _average_moments(loss_fn: LossFn, params: Any, batches: Iterable[tuple]) -> dict[str, Any]:
-    """A by layer path, averaged over all examples of all batches."""
+def _averages(
+    loss_fn: LossFn, params: Any, batches: Iterable[tuple], wanted: list[str]
+) -> dict[str, tuple[jax.Array | None, jax.Array]]:
+    """A (of the layers wanted) and T by layer path, averaged over all examples of all batches."""
     rebuild, params = nnx.open_model(params) if nnx.is_model(params) else (lambda p: p, params)
     totals = None
     programs: dict[Any, Callable] = {}
@@ -92,24 +102,38 @@ def _average_moments(loss_fn: LossFn, params: Any, batches: Iterable[tuple]) -> 
             )
         call, arrays, key = split_arrays(loss_fn, batch, {})
         if key not in programs:
-            programs[key] = jax.jit(_weighted_moments(call, rebuild))
+            programs[key] = jax.jit(_sums(call, rebuild, wanted))
         sums = programs[key](params, arrays)
-        totals = sums if totals is None else jax.tree.map(jax.numpy.add, totals, sums)
+        totals = sums if totals is None else jax.tree.map(jnp.add, totals, sums)
     if totals is None:
         raise ValueError("batches is empty: warm_start needs at least one batch.")
-    return {path: moment / weight for path, (moment, weight) in totals.items()}
+    return {
+        path: jax.tree.map(lambda total, weight=weight: _divide(total, weight), total)
+        for path, (total, weight) in totals.items()
+    }
 
 
-def _weighted_moments(call: Callable, rebuild: Callable) -> Callable:
-    def weigh(layer: LayerStatistics) -> tuple[jax.Array, jax.Array]:
-        return layer.input_moment * layer.examples, layer.examples
+def _sums(call: Callable, rebuild: Callable, wanted: list[str]) -> Callable:
+    """One batch: by layer path, A and T times the number of examples, and that number."""
 
-    def run(params: Any, arrays: list) -> dict[str, tuple[jax.Array, jax.Array]]:
+    def weigh(layer: LayerStatistics) -> tuple[tuple[jax.Array | None, jax.Array], jax.Array]:
+        moment = layer.input_moment
+        if moment is not None:
+            axes = moment.ndim - layer.examples.ndim
+            moment = moment * layer.examples.reshape(layer.examples.shape + (1,) * axes)
+        return (moment, layer.rows), layer.examples
+
+    def run(params: Any, arrays: list) -> dict[str, Any]:
         params = rebuild(params)
         if nnx.is_model(params):
-            measured = nnx.nnx_curvature_fn(call, params, arrays)(nnx.parameters(params))
+            measure = nnx.nnx_curvature_fn(call, params, arrays)
+            measured = measure(nnx.parameters(params), moments=wanted)
         else:
-            measured = curvature_fn(call, params, arrays)(params)
+            measured = curvature_fn(call, params, arrays)(params, moments=wanted)
         return {path: weigh(layer) for path, layer in measured.layers.items()}
 
     return run
+
+
+def _divide(total: jax.Array, weight: jax.Array) -> jax.Array:
+    return total / weight.reshape(weight.shape + (1,) * (total.ndim - weight.ndim))

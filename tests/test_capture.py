@@ -8,6 +8,7 @@ from flax import linen as nn
 from models import Mlp, loss_of, problem, relative
 
 import kfqn_optax as kfqn
+from kfqn_optax.layers import dense
 
 F64 = {"param_dtype": jnp.float64, "dtype": jnp.float64}
 
@@ -254,7 +255,7 @@ def test_dtypes(param_dtype, dtype, factors, tolerance):
     expected = explicit(Mlp([3]), jax.tree.map(lambda p: p.astype(jnp.float64), params), x, targets)
     statistics = kfqn.curvature_fn(loss_of(Net()), params, x, targets)(params)
     (layer,) = statistics.layers.values()
-    assert {leaf.dtype for leaf in layer} == {jnp.dtype(factors)}
+    assert {leaf.dtype for leaf in jax.tree.leaves(layer)} == {jnp.dtype(factors)}
     check(statistics, expected, tolerance)
 
 
@@ -312,8 +313,8 @@ def test_find_layers_needs_shapes_only():
     loss_fn, params, x, targets = problem()
     abstract = [jax.ShapeDtypeStruct(v.shape, v.dtype) for v in (x, targets)]
     assert kfqn.find_layers(loss_fn, params, *abstract) == (
-        kfqn.Layer("params/Dense_0", d_in=6, d_out=4, bias=True),
-        kfqn.Layer("params/Dense_1", d_in=5, d_out=3, bias=True),
+        dense("params/Dense_0", (5, 4), True),
+        dense("params/Dense_1", (4, 3), True),
     )
 
 

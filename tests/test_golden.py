@@ -10,9 +10,9 @@ import pytest
 from models import Mlp, loss_of, relative
 
 import kfqn_optax as kfqn
-from kfqn_optax import pairs
+from kfqn_optax import inverse, pairs
 
-CASES = ["kbfgs_bce", "kbfgs_mse"]
+CASES = ["kbfgs_bce", "kbfgs_mse", "kbfgs_l_bce"]
 
 
 def replay(z, dtype):
@@ -29,7 +29,7 @@ def replay(z, dtype):
             for i in range(len(meta["sizes"]) - 1)
         }
     }
-    tx = kfqn.kbfgs(meta["lr"], meta["damping_lambda"], weight_decay=meta["weight_decay"])
+    tx = make(meta)
     state = tx.init(params)
     batches = [
         (jnp.asarray(x, dtype), jnp.asarray(t, dtype))
@@ -53,6 +53,22 @@ def replay(z, dtype):
     assert step._cache_size() == 1
 
 
+def make(meta):
+    numbers = dict(
+        learning_rate=meta["lr"],
+        damping=meta["damping_lambda"],
+        weight_decay=meta["weight_decay"],
+    )
+    if meta["algorithm"] == "K-BFGS(L)":
+        return kfqn.kbfgs_l(**numbers, memory_size=meta["memory"])
+    return kfqn.kbfgs(**numbers)
+
+
+def dense(factor):
+    """A factor as a matrix, whichever way it is kept."""
+    return inverse.apply(factor, np.eye(inverse.size(factor)))
+
+
 def matrix(tree, i):
     """Kernel and bias of layer i as the authors store them: [d_out, d_in + 1]."""
     layer = tree["params"][f"Dense_{i}"]
@@ -74,7 +90,7 @@ def test_every_recorded_array_in_float64(golden, case):
             old, new = optax.tree.get(before, "layers")[path], optax.tree.get(after, "layers")[path]
             damped, by_powell, by_second = pairs.damp_double(
                 pairs.Pair(new.s, new.y),
-                old.output @ new.y,
+                inverse.apply(old.output, new.y),
                 meta["powell_mu1"],
                 meta["powell_mu2"],
             )
@@ -82,8 +98,8 @@ def test_every_recorded_array_in_float64(golden, case):
                 "A": new.input_moment,
                 "A_LM": new.input_moment + meta["A_damping"] * np.eye(len(new.input)),
                 "H_a_after": new.input,
-                "H_g_before": old.output,
-                "H_g_after": new.output,
+                "H_g_before": dense(old.output),
+                "H_g_after": dense(new.output),
                 "s_avg": -new.s,
                 "y_avg": -new.y,
                 "s_damped": -damped.s,
@@ -91,6 +107,11 @@ def test_every_recorded_array_in_float64(golden, case):
             }
             if k > 0:  # at step 0 the factor is made from A within the step
                 ours["H_a_before"] = old.input
+            if meta["algorithm"] == "K-BFGS(L)":
+                stored = len(z[prefix + "s_pairs_after"])
+                assert int(new.output.count) == stored
+                ours["s_pairs_after"] = -new.output.s[-stored:]
+                ours["y_pairs_after"] = -new.output.y[-stored:]
             for name, value in ours.items():
                 assert relative(value, z[prefix + name]) < 1e-9, (prefix, name)
             for tree, names, scale in [
@@ -114,7 +135,7 @@ def test_weights_in_float32(golden, case):
             prefix = f"step{k:03d}/layer{i}/"
             assert relative(matrix(params, i), recorded(z, prefix, "W_after", "b_after")) < 1e-4
             layer = optax.tree.get(after, "layers")[f"params/Dense_{i}"]
-            assert layer.output.dtype == jnp.float32
+            assert jax.tree.leaves(layer.output)[0].dtype == jnp.float32
             assert int(layer.output_status) == z[prefix + "H_g_status"]
 
 

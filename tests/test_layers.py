@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kfqn_optax import layers as layers_lib
-from kfqn_optax.layers import Layer
+from kfqn_optax.layers import dense
 
 F32 = jnp.float32
 
@@ -25,22 +25,22 @@ def test_infer_layers_by_names_and_shapes_in_the_order_of_the_tree():
         "norm": {"scale": shape(3), "bias": shape(3)},
     }
     assert layers_lib.infer_layers(layers_lib.named_leaves(tree)) == (
-        Layer("enc/0", d_in=6, d_out=4, bias=True),
-        Layer("enc/1", d_in=4, d_out=3, bias=False),
+        dense("enc/0", (5, 4), True),
+        dense("enc/1", (4, 3), False),
     )
     assert layers_lib.infer_layers({"embed/embedding": shape(7, 7)}) == ()
 
 
 def test_a_layer_at_the_root_has_an_empty_path():
     (layer,) = layers_lib.infer_layers({"kernel": shape(2, 3), "bias": shape(3)})
-    assert layer == Layer("", 3, 3, True)
+    assert layer == dense("", (2, 3), True)
     assert layer.parameter_paths == ("kernel", "bias")
-    assert Layer("a/b", 2, 3, False).parameter_paths == ("a/b/kernel",)
+    assert dense("a/b", (2, 3), False).parameter_paths == ("a/b/kernel",)
 
 
 def test_layers_are_facts():
-    layer = Layer("d", 3, 4, True)
-    assert {layer: 1}[Layer("d", 3, 4, True)] == 1
+    layer = dense("d", (2, 4), True)
+    assert {layer: 1}[dense("d", (2, 4), True)] == 1
     with pytest.raises(AttributeError):
         layer.d_in = 5
 
@@ -61,7 +61,7 @@ def test_named_leaves_look_through_boxes():
     leaves = layers_lib.named_leaves(boxed)
     assert set(leaves) == {"d/kernel", "d/bias"}
     assert leaves["d/kernel"] is kernel
-    assert layers_lib.infer_layers(leaves) == (Layer("d", 3, 3, True),)
+    assert layers_lib.infer_layers(leaves) == (dense("d", (2, 3), True),)
     bare = layers_lib.named_leaves({"value": {"value": kernel}})  # a module of that name stays
     assert set(bare) == {"value/value"}
 
@@ -73,7 +73,7 @@ def test_named_leaves_look_through_boxes():
 )  # fmt: skip
 def test_matrix_and_back(d, d_out, bias, path, dtype):
     rng = np.random.default_rng(d * 10 + d_out)
-    layer = Layer(path, d + bias, d_out, bias)
+    layer = dense(path, (d, d_out), bias)
     leaves = {layer.kernel_path: jnp.asarray(rng.normal(size=(d, d_out)), dtype)}
     if bias:
         leaves[layer.bias_path] = jnp.asarray(rng.normal(size=d_out), dtype)
@@ -89,8 +89,10 @@ def test_matrix_and_back(d, d_out, bias, path, dtype):
 
 
 def test_check_layers_passes_what_fits():
-    layers_lib.check_layers([Layer("d", 3, 3, True)], {"d/kernel": shape(2, 3), "d/bias": shape(3)})
-    layers_lib.check_layers([Layer("d", 2, 3, False)], {"d/kernel": shape(2, 3)})
+    layers_lib.check_layers(
+        [dense("d", (2, 3), True)], {"d/kernel": shape(2, 3), "d/bias": shape(3)}
+    )
+    layers_lib.check_layers([dense("d", (2, 3), False)], {"d/kernel": shape(2, 3)})
 
 
 @pytest.mark.parametrize(
@@ -112,11 +114,11 @@ def test_check_layers_passes_what_fits():
 )
 def test_check_layers_refuses(leaves, error, message):
     with pytest.raises(error, match=message):
-        layers_lib.check_layers([Layer("d", 3, 3, True)], leaves)
+        layers_lib.check_layers([dense("d", (2, 3), True)], leaves)
 
 
 def test_as_layers_takes_any_iterable_and_a_single_layer():
-    one, two = Layer("a", 1, 1, False), Layer("b", 1, 1, False)
+    one, two = dense("a", (1, 1), False), dense("b", (1, 1), False)
     assert layers_lib.as_layers(None) is None
     assert layers_lib.as_layers(one) == (one,)
     assert layers_lib.as_layers(layer for layer in [one, two]) == (one, two)

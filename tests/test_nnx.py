@@ -9,6 +9,7 @@ from flax import nnx
 from models import problem, relative
 
 import kfqn_optax as kfqn
+from kfqn_optax.layers import dense
 
 
 class Mlp(nnx.Module):
@@ -52,10 +53,12 @@ def test_statistics_are_those_of_linen(pair):
         assert relative(measured.loss, expected.loss) < 1e-12
         assert set(measured.layers) == {"Dense_0", "Dense_1"}
         for name, layer in measured.layers.items():
-            for ours, linen in zip(layer, expected.layers[f"params/{name}"], strict=True):
-                assert relative(ours, linen) < 1e-12
+            linen = expected.layers[f"params/{name}"]
+            assert jax.tree.structure(layer) == jax.tree.structure(linen)
+            for ours, theirs in zip(jax.tree.leaves(layer), jax.tree.leaves(linen), strict=True):
+                assert relative(ours, theirs) < 1e-12
     found = kfqn.find_nnx_layers(loss_fn, model, x, targets)
-    assert found[0] == kfqn.Layer("Dense_0", d_in=6, d_out=4, bias=True)
+    assert found[0] == dense("Dense_0", (5, 4), True)
     assert len(found) == 2
 
 

@@ -1,12 +1,13 @@
 """Sums become means on the scale of the paper: per example, not per batch."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from models import relative
 
-from kfqn_optax.layers import Layer
-from kfqn_optax.statistics import LayerStatistics, Sums, reduce, zero_sums
+from kfqn_optax.layers import dense
+from kfqn_optax.statistics import LayerStatistics, reduce
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -16,13 +17,23 @@ def test_reduce_against_explicit_formulas(bias, examples, positions):
     x = rng.normal(size=(examples, positions, 3)) + 0.5
     g = rng.normal(size=(examples, positions, 2))  # gradient of each example's own loss
     rows, mean_g = x.reshape(-1, 3), g.reshape(-1, 2) / examples  # the loss is a mean
-    layer = Layer("d", 3 + bias, 2, bias)
-    sums = Sums(rows.T @ rows, rows.sum(axis=0), mean_g.sum(axis=0), np.array([float(len(rows))]))
-    actual = reduce(layer, Sums(*map(jnp.asarray, sums)), examples)
+    layer = dense("d", (3, 2), bias)
+    v = rng.normal(size=3 + bias)
+    sums = {
+        "moment": rows.T @ rows,
+        "product": rows.T @ (rows @ v[:3]),
+        "inputs": rows.sum(axis=0),
+        "cotangents": mean_g.sum(axis=0),
+        "rows": np.array(float(len(rows))),
+    }
+    sums = jax.tree.map(jnp.asarray, sums)
+    actual = reduce(layer, sums, examples, jnp.asarray(v))
 
     a = np.concatenate([x, np.ones((examples, positions, int(bias)))], axis=-1)
+    moment = np.mean([sum(np.outer(v, v) for v in example) for example in a], axis=0)
     expected = LayerStatistics(
-        input_moment=np.mean([sum(np.outer(v, v) for v in example) for example in a], axis=0),
+        input_moment=moment,
+        input_product=moment @ v,
         input_mean=a.mean(axis=(0, 1)),
         cotangent_mean=g.mean(axis=(0, 1)),
         rows=examples * positions,
@@ -40,11 +51,13 @@ def test_reduce_against_explicit_formulas(bias, examples, positions):
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
 def test_no_rows_give_zeros_and_no_nan(bias, dtype):
-    layer = Layer("d", 3 + bias, 2, bias)
-    sums = zero_sums(layer, dtype)
-    assert [leaf.shape for leaf in sums] == [(3, 3), (3,), (2,), (1,)]
+    layer = dense("d", (3, 2), bias)
+    shapes = {"moment": (3, 3), "inputs": (3,), "cotangents": (2,), "rows": ()}
+    sums = {name: jnp.zeros(shape, dtype) for name, shape in shapes.items()}
     statistics = reduce(layer, sums, 4)
-    assert int(statistics.examples) == 4
+    assert statistics.input_product is None
+    statistics = [leaf for leaf in statistics if leaf is not None]
+    assert int(statistics[-1]) == 4
     for leaf in statistics:
         assert leaf.dtype == dtype
     for leaf in statistics[:-1]:
