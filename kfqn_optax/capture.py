@@ -1,11 +1,11 @@
 """Capture for Flax linen: one pass of the user's loss, seen layer by layer.
 
 Neither model nor loss is changed. Next to each kernel in the parameter tree we put an entry of
-zeros, for sums over the layer's rows. Flax's lifted transforms slice and carry it exactly as they do the
-kernel. An interceptor reads it through the module's own scope and passes the layer's output through
-`tag.tag`, whose backward pass returns the sums as the "gradient" of those zeros. Sums over calls,
-positions, scanned and vmapped examples come out by themselves; nothing leaks out of a trace, and
-jit caches cannot go stale, because the tree has a new structure.
+zeros, for sums over the layer's rows. Flax's lifted transforms slice and carry it exactly as they
+do the kernel. An interceptor reads it through the module's own scope and passes the layer's output
+through `tag.tag`, whose backward pass returns the sums as the "gradient" of those zeros. Sums over
+calls, positions, scanned and vmapped examples come out by themselves; nothing leaks out of a trace,
+and jit caches cannot go stale, because the tree has a new structure.
 
 Under one ``jit``, XLA merges this pass with the user's own gradient pass over the same batch, and
 drops what nobody reads (the second moments at the probe).
@@ -26,7 +26,7 @@ from kfqn_optax.calls import Call
 from kfqn_optax.discovery import Discovery, Seen
 from kfqn_optax.layers import Layer
 from kfqn_optax.loss import LossFn
-from kfqn_optax.statistics import Statistics
+from kfqn_optax.statistics import CurvatureFn, Statistics
 from kfqn_optax.tag import measure, tag
 
 ENTRY = "kfqn_optax_sums"  # name of the extra entry next to a kernel
@@ -34,9 +34,7 @@ _KERNELS = ("kernel", "embedding")
 _discoveries = itertools.count()
 
 
-def curvature_fn(
-    loss_fn: LossFn, params: Any, /, *args: Any, **kwargs: Any
-) -> Callable[[Any], Statistics]:
+def curvature_fn(loss_fn: LossFn, params: Any, /, *args: Any, **kwargs: Any) -> CurvatureFn:
     """The curvature of a loss on a batch, as the extra argument of a K-BFGS update.
 
     The arguments mirror those of ``jax.value_and_grad(loss_fn)(params, *args, **kwargs)``. The

@@ -60,8 +60,8 @@ def check_state(
         path = wrong[0]
         raise ValueError(
             "the state of K-BFGS was made for other parameters: layer "
-            f"{path!r} has (d_in, d_out, blocks) = {expected.get(path, 'no parameters')} in the gradients "
-            f"and {found.get(path, 'no factors')} in the state (differing: "
+            f"{path!r} has (d_in, d_out, blocks) = {expected.get(path, 'no parameters')} in the "
+            f"gradients and {found.get(path, 'no factors')} in the state (differing: "
             f"{layers_lib.some(wrong)}). Call tx.init(params) on the parameters that are trained."
         )
 
@@ -87,9 +87,9 @@ def check_statistics(
         raise ValueError(
             f"curvature_fn measured no layer {layers_lib.some(lacking)}, which the optimizer "
             f"preconditions; it measured {layers_lib.some(measured.layers)}. Either the loss does "
-            "not call these as layers of a known kind (pass layers=kfqn_optax.find_layers(loss_fn, params, "
-            "*args), and they go to the fallback), or curvature_fn was given another model's "
-            "loss or parameters of another nesting."
+            "not call these as layers of a known kind (pass layers=kfqn_optax.find_layers(loss_fn, "
+            "params, *args), and they go to the fallback), or curvature_fn was given another "
+            "model's loss or parameters of another nesting."
         )
     surplus = [
         path

@@ -123,9 +123,9 @@ def begin(
 
     def of_one(state: LayerState, measured: LayerStatistics) -> LayerState:
         moment, stage, new = state.input_moment, state.stage, measured.input_moment
-        seen = measured.input_mean if moment is None else new
+        seen = measured.input_mean if moment is None or new is None else new
         usable = (measured.rows > 0) & jnp.isfinite(jnp.sum(seen))
-        if moment is not None:
+        if moment is not None and new is not None:
             averaged = running_average(moment, new, options.factor_decay)
             kept = jnp.where(stage == EMPTY, new, jnp.where(stage == WARM, moment, averaged))
             moment = jnp.where(usable, kept, moment)

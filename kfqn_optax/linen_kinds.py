@@ -11,7 +11,7 @@ outputs has no matrix in common with the next), ``nn.ConvTranspose``, and ``nn.C
 
 import inspect
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -108,7 +108,7 @@ _READERS: dict[Callable, tuple[type[nn.Module], Callable[..., Call | None]]] = {
 def _reader(module: nn.Module, method: Callable) -> Callable[..., Call | None] | None:
     """The function that describes such a call; None if it is not the call of a layer."""
     # An interceptor is given the method with the module as its first argument already.
-    kind, read = _READERS.get(getattr(method, "func", None), (None, None))
+    kind, read = _READERS.get(cast(Callable, getattr(method, "func", None)), (None, None))
     return read if kind is not None and isinstance(module, kind) else None
 
 

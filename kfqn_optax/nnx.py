@@ -21,7 +21,7 @@ from kfqn_optax import loss, nnx_kinds
 from kfqn_optax.discovery import Discovery, Seen
 from kfqn_optax.layers import Layer, join
 from kfqn_optax.loss import LossFn
-from kfqn_optax.statistics import Statistics
+from kfqn_optax.statistics import CurvatureFn, Statistics
 from kfqn_optax.tag import measure, tag
 
 _PREFIX = "kfqn_optax_"  # of the attributes of a copy's layers
@@ -36,7 +36,7 @@ class SumsParam(nnx.Param):
 
 def nnx_curvature_fn(
     loss_fn: LossFn, model: nnx.Module, /, *args: Any, **kwargs: Any
-) -> Callable[[Any], Statistics]:
+) -> CurvatureFn:
     """`curvature_fn` for a loss of an NNX model, ``loss_fn(model, *args, **kwargs)``.
 
     Args:

@@ -15,13 +15,35 @@ positions) we make
 (arXiv 2006.08877; arXiv 2102.06737 for the positions.)
 """
 
-from collections.abc import Mapping
-from typing import Any, NamedTuple
+from collections.abc import Collection, Mapping
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
 
 from kfqn_optax.layers import Layer
+
+
+class CurvatureFn(Protocol):
+    """What `curvature_fn` returns: a function from parameters to `Statistics`."""
+
+    def __call__(
+        self,
+        params: Any,
+        /,
+        *,
+        moments: Collection[str] | None = None,
+        vectors: Mapping[str, jax.Array] | None = None,
+    ) -> "Statistics":
+        """The statistics at some parameters.
+
+        Args:
+            params: where to measure; of the same structure as those that the function was made
+                with.
+            moments: paths of the layers whose second moments are wanted; None for all.
+            vectors: by layer path, [*blocks, d_in]: A times this vector is wanted.
+        """
+        ...
 
 
 class LayerStatistics(NamedTuple):

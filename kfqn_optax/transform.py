@@ -138,7 +138,7 @@ def quasi_newton(
             )
         return updates, ScaleByKBFGSState(count, learned)
 
-    return optax.GradientTransformationExtraArgs(init_fn, cast(Any, update_fn))
+    return optax.GradientTransformationExtraArgs(cast(Any, init_fn), cast(Any, update_fn))
 
 
 def _input_factors(

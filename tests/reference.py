@@ -183,7 +183,10 @@ class Kfqn(Mlp):
                     "H_a_y": A_u + lambda_a * u_a,
                 }
             )
-        old, self.W = self.W, [w + self.lr * r["direction"] for w, r in zip(self.W, records)]
+        old, self.W = (
+            self.W,
+            [w + self.lr * r["direction"] for w, r in zip(self.W, records, strict=True)],
+        )
         _, inputs, cotangents = self.passes(X, T)
         for i, r in enumerate(records):
             s = self.W[i] @ inputs[i].mean(axis=0) - old[i] @ r["a_mean"]
