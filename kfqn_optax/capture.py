@@ -171,13 +171,13 @@ class _Measure:
         vectors: Mapping[str, jax.Array] | None = None,
     ) -> Statistics:
         """The statistics at ``params``; ``full`` fills the holes in it."""
-        params = _fill_holes(full, params)
+        params = layers_lib.fill_holes(full, params)
         kinds = {s.layer.path: s.layer.kind for s in self.seen}
 
-        def see(module: nn.Module, call: Call, inputs, output, kernel) -> jax.Array:
+        def see(module: nn.Module, call: Call | None, inputs, output, kernel) -> jax.Array:
             # By kind: the lookups of an embedding that is also an output layer are not measured.
-            entry = module.get_variable("params", ENTRY).get(call.kind)
-            return output if entry is None else tag(call.geometry, output, inputs, dict(entry))
+            entry = module.get_variable("params", ENTRY).get(call.kind) if call else None
+            return tag(call.geometry, output, inputs, dict(entry)) if call and entry else output
 
         def run(sums: dict[str, dict[str, jax.Array]]) -> jax.Array:
             entries = {path: {ENTRY: {kinds[path]: entry}} for path, entry in sums.items()}
@@ -195,9 +195,9 @@ def _interceptor(see: Callable[..., jax.Array]) -> Callable:
     """A linen interceptor that passes each call of a layer with an extra entry to ``see``.
 
     ``see(module, call, inputs, output, kernel)`` returns what the layer returns. Only the calls of
-    Flax's own layers count: in a subclass that wraps one, the inner call. Layers inside
-    ``nn.WeightNorm`` and ``nn.SpectralNorm`` are passed over: the kernel they multiply with is not
-    the parameter.
+    Flax's own layers count: in a subclass that wraps one, the inner call. ``call`` is None where
+    it cannot be read as rows times the parameter: inside ``nn.WeightNorm`` and ``nn.SpectralNorm``,
+    for one, whose layers multiply with another kernel.
     """
     inside: list[type] = []
 
@@ -208,15 +208,14 @@ def _interceptor(see: Callable[..., jax.Array]) -> Callable:
             output = next_fun(*args, **kwargs)
         finally:
             inside.pop()
-        if (
-            not linen_kinds.is_layer_call(module, context.orig_method)
-            or any(issubclass(t, (nn.WeightNorm, nn.SpectralNorm)) for t in inside)
-            or not module.has_variable("params", ENTRY)
+        method = context.orig_method
+        if not linen_kinds.is_layer_call(module, method) or not module.has_variable(
+            "params", ENTRY
         ):
             return output
-        call, inputs = linen_kinds.describe(module, context.orig_method, args, kwargs, output)
-        if call is None:
-            return output
+        call, inputs = linen_kinds.describe(module, method, args, kwargs, output)
+        if call is None or any(issubclass(t, (nn.WeightNorm, nn.SpectralNorm)) for t in inside):
+            return see(module, None, inputs, output, None)
         kernel = nn.meta.unbox(module.get_variable("params", call.kernel_name))
         return see(module, call, inputs, output, kernel)
 
@@ -269,25 +268,6 @@ def _map_dictionaries(fn: Callable[[Any, str], Any], tree: Any, path: str = "") 
         for keys, leaf in leaves
     ]
     return jax.tree_util.tree_unflatten(treedef, mapped)
-
-
-def _fill_holes(full: Any, given: Any) -> Any:
-    """``given`` with every hole (a node without leaves, where ``full`` has a leaf) filled."""
-
-    def fill(leaf: Any, given: Any) -> Any:
-        return given if jax.tree.leaves(given) else leaf
-
-    try:
-        return jax.tree.map(fill, full, given)
-    except ValueError as error:
-        names, others = layers_lib.named_leaves(full), layers_lib.named_leaves(given)
-        here = layers_lib.some(sorted(others.keys() - names.keys()))
-        there = layers_lib.some(sorted(names.keys() - others.keys()))
-        raise ValueError(
-            "the parameters given to the update differ in structure from those given to "
-            f"curvature_fn; only in the update: {here}; only in curvature_fn: {there}. Pass both "
-            "the same parameters."
-        ) from error
 
 
 def _dictionary(like: Mapping[str, Any], items: dict[str, Any]) -> Mapping[str, Any]:

@@ -53,17 +53,29 @@ class Discovery:
     def __init__(self, parameters: Mapping[str, Mapping[str, Any]]):
         self._parameters = parameters
         self._met: dict[str, _Met] = {}
+        self._refused: set[str] = set()
 
-    def see(self, path: str, call: Call, inputs: jax.Array, output: jax.Array, kernel: jax.Array):
+    def see(
+        self,
+        path: str,
+        call: Call | None,
+        inputs: jax.Array,
+        output: jax.Array,
+        kernel: jax.Array | None,
+    ) -> jax.Array:
         """Notes a call of a layer; returns the output.
 
         An embedding that serves both as a table and as an output layer counts as the latter: its
-        ``attend`` replaces its lookups.
+        ``attend`` replaces its lookups. A kernel with a call that cannot be read as a matrix times
+        rows, or that two calls read as different matrices, is no layer.
         """
         met = self._met.get(path)
+        if call is None or (met and met.call.kind == call.kind and met.call.kernel != call.kernel):
+            self._refused.add(path)
+            return output
         if met is None or (isinstance(met.call.geometry, Lookup) and call.kind != met.call.kind):
             met = self._met[path] = _Met(call, call.geometry.examples(inputs), [])
-        if call.kind == met.call.kind:
+        if call.kind == met.call.kind and kernel is not None:
             return _watch_vmap(met.vmapped, output, kernel)
         return output
 
@@ -78,7 +90,7 @@ class Discovery:
         return tuple(
             self._settle(path, self._met[path], traces)
             for path in self._parameters
-            if path in self._met
+            if path in self._met and path not in self._refused
         )
 
     def _settle(self, path: str, met: _Met, traces: Callable) -> Seen:

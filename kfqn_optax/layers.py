@@ -100,6 +100,28 @@ def path_name(path: tuple[Any, ...]) -> str:
     return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
+def fill_holes(full: Any, given: Any) -> Any:
+    """``full`` with the leaves of ``given`` in the place of its own.
+
+    What ``given`` lacks is what ``optax.masked`` or ``optax.partition`` left out of it: a leaf, or
+    with masks that are prefixes whole parts of the tree.
+
+    Raises:
+        ValueError: if ``given`` has leaves that ``full`` has not.
+    """
+    names, others = named_leaves(full), named_leaves(given)
+    surplus = others.keys() - names.keys()
+    if surplus:
+        raise ValueError(
+            "the parameters given to the update differ in structure from those given to "
+            f"curvature_fn; only in the update: {some(sorted(surplus))}; only in curvature_fn: "
+            f"{some(sorted(names.keys() - others.keys()))}. Pass both the same parameters."
+        )
+    return jax.tree_util.tree_map_with_path(
+        lambda path, leaf: others.get(path_name(path), leaf), full
+    )
+
+
 def infer_layers(leaves: Mapping[str, Any]) -> tuple[Layer, ...]:
     """The dense layers that the names and shapes of parameters show.
 

@@ -9,6 +9,7 @@ them as they do the kernels.
 """
 
 import functools
+import inspect
 import itertools
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
@@ -19,7 +20,7 @@ from flax import nnx
 
 from kfqn_optax import loss, nnx_kinds
 from kfqn_optax.discovery import Discovery, Seen
-from kfqn_optax.layers import Layer, join
+from kfqn_optax.layers import Layer, fill_holes, join
 from kfqn_optax.loss import LossFn
 from kfqn_optax.statistics import CurvatureFn, Statistics
 from kfqn_optax.tag import measure, tag
@@ -74,7 +75,7 @@ def nnx_curvature_fn(
     """
     seen = _discover(loss_fn, model, args, kwargs)
     kinds = {s.layer.path: s.layer.kind for s in seen}
-    graph, _, rest = nnx.split(model, nnx.Param, ...)
+    graph, full, rest = nnx.split(model, nnx.Param, ...)
 
     def measure_at(
         params: Any,
@@ -83,7 +84,7 @@ def nnx_curvature_fn(
         vectors: Mapping[str, jax.Array] | None = None,
     ) -> Statistics:
         def run(entries: dict[str, dict[str, jax.Array]]) -> jax.Array:
-            copy = nnx.merge(graph, _variables(params), rest, copy=True)
+            copy = nnx.merge(graph, fill_holes(full, params), rest, copy=True)
             for path, layer in _layers(copy).items():
                 if path in entries:
                     for name, array in entries[path].items():
@@ -180,11 +181,14 @@ def _discover(loss_fn: LossFn, model: nnx.Module, args: tuple, kwargs: dict) -> 
 
 
 def _layers(model: nnx.Module) -> dict[str, nnx.Module]:
-    """The layers of a model by path."""
+    """The layers of a model by path; not those whose kernel a wrapper replaces in the call."""
+    modules = [(join(*map(str, path)), module) for path, module in nnx.iter_modules(model)]
+    wrappers = [p for p, m in modules if isinstance(m, (nnx.WeightNorm, nnx.SpectralNorm))]
     return {
-        join(*map(str, path)): module
-        for path, module in nnx.iter_modules(model)
+        path: module
+        for path, module in modules
         if nnx_kinds.is_layer(module)
+        and not any(path.startswith(f"{w}/" if w else "") for w in wrappers)
     }
 
 
@@ -204,17 +208,19 @@ def _tagging(kind: type[nnx.Module]) -> type[nnx.Module]:
     def shown(method: str) -> Callable:
         original = getattr(kind, method)
 
+        _, first, *_ = inspect.signature(original).parameters  # self, inputs
+
         @functools.wraps(original)
-        def run(self, inputs: jax.Array, *args: Any, **kwargs: Any) -> jax.Array:
-            output = original(self, inputs, *args, **kwargs)
+        def run(self, *args: Any, **kwargs: Any) -> jax.Array:
+            inputs, *rest = args or (kwargs.pop(first),)
+            output = original(self, inputs, *rest, **kwargs)
             own = _parameters_of(self)
-            call = nnx_kinds.describe(self, method, inputs, args, kwargs, output)
-            if call is None:
-                return output
+            call = nnx_kinds.describe(self, method, inputs, tuple(rest), kwargs, output)
             if hasattr(self, _DISCOVERY):
                 number, path = getattr(self, _DISCOVERY)
-                return _open[number](path, call, inputs, output, own[call.kernel_name])
-            if getattr(self, _KIND) != call.kind:
+                kernel = own[call.kernel_name] if call else None
+                return _open[number](path, call, inputs, output, kernel)
+            if call is None or getattr(self, _KIND) != call.kind:
                 return output  # a lookup of an embedding that is also an output layer
             entry = {name: own[_PREFIX + name] for name in getattr(self, _FIELDS)}
             return tag(call.geometry, output, inputs, entry)
@@ -222,12 +228,3 @@ def _tagging(kind: type[nnx.Module]) -> type[nnx.Module]:
         return run
 
     return type(kind.__name__, (kind,), {name: shown(name) for name in nnx_kinds.methods(kind)})
-
-
-def _variables(params: Any) -> Any:
-    """Parameters as NNX variables, whether they come as variables or as bare arrays."""
-    return jax.tree.map(
-        lambda leaf: leaf if isinstance(leaf, nnx.Variable) else nnx.Param(leaf),
-        params,
-        is_leaf=lambda node: isinstance(node, nnx.Variable),
-    )

@@ -5,7 +5,7 @@ pairs they learn from. `methods` has the three public transformations.
 """
 
 import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, cast
 
 import jax
@@ -46,6 +46,8 @@ def quasi_newton(
     given = layers_lib.as_layers(layers)
 
     def init_fn(params: Any) -> ScaleByKBFGSState:
+        if _is_placeholder(params):
+            return _placeholder_state(given, options)
         leaves = named_leaves(params)
         checks.check_real(leaves)
         present = layers_present(given, leaves)
@@ -74,6 +76,12 @@ def quasi_newton(
         present = layers_present(given, gradients)
         checks.check_state(present, state.layers, gradients)
         if not present:
+            if callable(curvature_fn) and params is not None:
+                # Nothing to learn; but other parameters than curvature_fn's are a mistake.
+                measured = jax.eval_shape(lambda p: _ask(curvature_fn, p, moments=[]), params)
+                checks.check_statistics(
+                    present, measured, given is None, named_leaves(params), state.layers
+                )
             return updates, ScaleByKBFGSState(count, state.layers)
         checks.check_arguments(params, curvature_fn, present)
         weights = named_leaves(params)
@@ -201,6 +209,33 @@ def layers_present(given: tuple[Layer, ...] | None, leaves: dict[str, Any]) -> t
     if given is None:
         return layers_lib.infer_layers(leaves)
     return tuple(layer for layer in given if any(name in leaves for name in layer.parameter_paths))
+
+
+def _is_placeholder(params: Any) -> bool:
+    """Whether this is what ``optax.tree.map_params`` puts in the place of all parameters.
+
+    It wants to see where in a state the parameters go. The placeholder is one node without leaves
+    that is no container.
+    """
+    structure = jax.tree.structure(params)
+    if params is None or isinstance(params, (Mapping, Sequence)):
+        return False
+    return structure.num_nodes == 1 and structure.num_leaves == 0
+
+
+def _placeholder_state(given: tuple[Layer, ...] | None, options: Options) -> Any:
+    """A state of the right structure, none of it parameters.
+
+    Which layers there are is known only if they were given; else one leaf stands for them all.
+    """
+
+    def init() -> dict[str, LayerState]:
+        return {layer.path: factors.init(layer, jnp.float32, options) for layer in given or ()}
+
+    count = jax.ShapeDtypeStruct((), jnp.int32)
+    return ScaleByKBFGSState(
+        cast(Any, count), cast(Any, count) if given is None else jax.eval_shape(init)
+    )
 
 
 def _like(tree: Any, leaves: dict[str, jax.Array], dtypes: Any) -> Any:

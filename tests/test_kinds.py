@@ -315,3 +315,41 @@ def test_padded_positions_count_as_inputs_and_not_as_cotangents():
     g = 2 * np.asarray(model.apply(params, x))[:, :4]
     assert relative(measured.cotangent_mean, g.sum(axis=(0, 1)) / 24) < 1e-12
     assert float(measured.rows) == 24
+
+
+class TwoEquations(nn.Module):
+    """One kernel that two calls read as different matrices."""
+
+    @nn.compact
+    def __call__(self, x):
+        einsum = nn.Einsum((5, 5), use_bias=False, **F64)
+        return einsum(nn.tanh(einsum(x, "bd,dh->bh")), "bd,hd->bh")
+
+
+class Masked(nn.Module):
+    """One convolution with a mask on its kernel beside a dense layer."""
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.Conv(3, (2,), mask=jnp.ones((2, 2, 3)), **F64)(x)
+        return nn.Dense(3, **F64)(x)
+
+
+@pytest.mark.parametrize(
+    ("model", "shape", "found"),
+    [(TwoEquations(), (5,), []), (Masked(), (6, 2), ["params/Dense_0"])],
+)
+def test_a_kernel_that_is_no_one_matrix_is_no_layer(model, shape, found):
+    """It is left to the fallback, which `summary` says."""
+    x = image(*shape)
+    params = model.init(jax.random.key(0), x)
+
+    def loss_fn(params, x):
+        return jnp.mean(model.apply(params, x) ** 2)
+
+    layers = kfqn.find_layers(loss_fn, params, x)
+    assert [layer.path for layer in layers] == found
+    tx = kfqn.kbfgs(0.1, layers=layers)
+    state = tx.init(params)
+    assert "fallback" in kfqn.summary(state, params) if found else True
+    _, state, _ = step_of(tx, loss_fn)(params, state, x)
