@@ -1,6 +1,6 @@
 """All methods on the CNN and on the transformer, each tuned on the same budget of steps.
 
-    python benchmarks/methods.py --config configs/char_transformer.py --steps 96 \\
+    python benchmarks/methods.py --config configs/char_transformer.py --steps 64 \\
         [--methods kbfgs adam ...] [--config.key=value ...]
     python benchmarks/methods.py --draw
 
@@ -41,7 +41,7 @@ from kfqn_optax.experiment.steps import (
 from kfqn_optax.experiment.train import load_dataset
 
 RESULTS = Path(__file__).parent / "results"
-SECOND_ORDER = {"learning_rate": [0.3, 1.0, 3.0, 10.0], "damping": [0.03]}
+SECOND_ORDER = {"learning_rate": [3.0, 10.0, 30.0, 100.0], "damping": [0.3]}
 GRIDS = {
     "adam": {"learning_rate": [3e-4, 1e-3, 3e-3, 1e-2]},
     "muon": {"learning_rate": [3e-3, 1e-2, 3e-2, 1e-1]},
@@ -56,7 +56,7 @@ COLORS = {
 WORDS = {
     "kbfgs": "K-BFGS", "kbfgs_l": "K-BFGS(L)", "kfqn": "KFQN", "adam": "Adam", "muon": "Muon",
 }  # fmt: skip
-EVALUATED = 500  # examples of the train and the test set in each evaluation
+EVALUATED = 256  # examples of the train and the test set in each evaluation
 POINTS = 8  # of a curve
 
 
@@ -202,7 +202,7 @@ def draw(path):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--draw", action="store_true")
-    parser.add_argument("--steps", type=int, default=96)
+    parser.add_argument("--steps", type=int, default=64)
     parser.add_argument("--methods", nargs="+", default=list(GRIDS), choices=list(GRIDS))
     options, rest = parser.parse_known_args()
     if options.draw:
