@@ -5,8 +5,8 @@ One way through the rooms, left to right:
     config  ->  datasets, problems, optimizers  ->  steps  ->  train  ->  workdir, plots
 
 * `config`: every key a config file may have, its meaning and its range.
-* `datasets`: a problem's images, train and test.
-* `problems`: a problem's autoencoder and its losses.
+* `datasets`: a problem's images or text, train and test.
+* `problems`: a problem's network and its losses.
 * `optimizers`: the Optax transformation that a config names.
 * `steps`: what runs on the device: training step, warm start, evaluation.
 * `train`: the loop over epochs and the clock.

@@ -119,12 +119,12 @@ def _train_help() -> str:
     lines = [
         "usage: kfqn-train --config FILE --workdir DIR [--config.KEY=VALUE ...]",
         "",
-        "Trains an autoencoder as a config file says. The keys, with their defaults:",
+        "Trains a network as a config file says. The keys, with their defaults:",
         "",
     ]
     for name, key in KEYS.items():
         default = "unset" if isinstance(key.default, type) else key.default
-        lines.append(f"  {name:<19} {default!s:<8} {key.meaning}; must be {key.rule}")
+        lines.append(f"  {name:<22} {default!s:<8} {key.meaning}; must be {key.rule}")
     return "\n".join(lines)
 
 

@@ -7,7 +7,7 @@ checks, and for the help of `kfqn-train`.
 
 import difflib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict, config_dict
@@ -36,7 +36,7 @@ class Key(NamedTuple):
     allowed: Callable[[Any], bool]
 
 
-def _one_of(default: str, names: dict, meaning: str) -> Key:
+def _one_of(default: str, names: Iterable[str], meaning: str) -> Key:
     return Key(default, meaning, "one of " + ", ".join(names), lambda value: value in names)
 
 
@@ -59,7 +59,10 @@ def _switch(default: bool, meaning: str) -> Key:
 
 
 KEYS = {
-    "problem": _one_of("curves", PROBLEMS, "which images, network and loss"),
+    "problem": _one_of("curves", PROBLEMS, "which data, network and loss"),
+    "framework": _one_of("linen", ("linen", "nnx"), "the Flax interface of the network"),
+    "tied": _switch(False, "char_transformer: whether the embedding is also the head"),
+    "dropout": _decay(0.1, "char_transformer: share of the blocks' outputs dropped"),
     "data_dir": Key(
         str,
         "folder with the raw data files; unset: the manual folder of TFDS",
@@ -67,30 +70,45 @@ KEYS = {
         lambda value: True,
     ),
     "download": _switch(False, "whether data may be fetched from the network"),
-    "train_examples": _whole(0, "use only so many training images; 0: all", 0),
+    "train_examples": _whole(0, "use only so many training examples; 0: all", 0),
     "optimizer": _one_of("kbfgs", OPTIMIZERS, "the training rule"),
     "learning_rate": _positive(0.3, "step size; 0.3 suits kbfgs, adam wants about 0.001"),
-    "damping": _positive(0.3, "kbfgs: lambda of the paper"),
-    "momentum": _decay(0.9, "kbfgs, sgdm: decay of the gradient's running average (kbfgs) or sum"),
+    "fallback_learning_rate": _positive(
+        0.001, "step size of Adam where kbfgs, kbfgs_l, kfqn and muon do not apply"
+    ),
+    "damping": _positive(0.3, "kbfgs, kbfgs_l, kfqn: lambda of the paper"),
+    "momentum": _decay(
+        0.9, "decay of the gradient's running average (kbfgs, kbfgs_l, kfqn) or sum (sgdm)"
+    ),
     "weight_decay": Key(
         1e-5,
         "tau in loss + tau/2 |w|^2",
         "a finite number of at least 0",
         lambda value: 0 <= value < math.inf,
     ),
-    "factor_decay": _decay(0.9, "kbfgs: decay of the running second moments of layer inputs"),
-    "pair_decay": _decay(0.9, "kbfgs: decay of the running averages of s and y"),
-    "powell": Key(0.2, "kbfgs: mu_1 of double damping", "above 0 and below 1", lambda v: 0 < v < 1),
+    "factor_decay": _decay(0.9, "kbfgs, kbfgs_l: decay of the second moments of layer inputs"),
+    "pair_decay": _decay(0.9, "kbfgs, kbfgs_l, kfqn: decay of the running averages of s and y"),
+    "powell": Key(
+        0.2,
+        "kbfgs, kbfgs_l, kfqn: mu_1 of double damping",
+        "above 0 and below 1",
+        lambda v: 0 < v < 1,
+    ),
+    "memory_size": _whole(100, "kbfgs_l: pairs kept for a layer", 1),
+    "split": _one_of(
+        "sqrt_t", ("sqrt_t", "sqrt"), "kfqn: how damping is shared between a layer's two factors"
+    ),
     "norm_constraint": Key(
         0.0,
-        "kbfgs: limit of the step's squared length in the factors' metric, in loss units; 0: none",
+        "kbfgs, kbfgs_l, kfqn: limit of the step's squared length in the factors' metric, "
+        "in loss units; 0: none",
         "a finite number of at least 0",
         lambda value: 0 <= value < math.inf,
     ),
-    "warm_start": _switch(True, "kbfgs: average second moments over the train set before step 1"),
-    "curvature_examples": _whole(0, "kbfgs: measure curvature on so many of the batch; 0: all", 0),
-    "batch_size": _whole(1000, "images a step", 1),
-    "epochs": _whole(20, "passes over the training images", 1),
+    "warm_start": _switch(True, "kbfgs, kbfgs_l: second moments from the whole train set first"),
+    "curvature_examples": _whole(0, "measure curvature on so many of the batch; 0: all", 0),
+    "batch_size": _whole(1000, "examples a step", 1),
+    "epochs": _whole(20, "passes over the training examples", 1),
     "seed": Key(
         0,
         "seed of the initial weights and the data order",
@@ -98,7 +116,7 @@ KEYS = {
         lambda v: 0 <= v < 2**32,
     ),
     "eval_batch_size": _whole(
-        1000, "images at a time in evaluation; changes memory, not results", 1
+        1000, "examples at a time in evaluation; changes memory, not results", 1
     ),
 }
 
@@ -136,6 +154,13 @@ def check(config: Config) -> None:
         unset = isinstance(key.default, type) and value is None
         if not unset and not (_has_type(key, value) and key.allowed(value)):
             raise ConfigError(f"config.{name} is {value!r}; it must be {key.rule}.")
+    if config.framework not in PROBLEMS[config.problem]:
+        both = [name for name, written in PROBLEMS.items() if config.framework in written]
+        raise ConfigError(
+            f"config.framework is {config.framework!r}, but problem {config.problem!r} is written "
+            f"in {' and '.join(PROBLEMS[config.problem])} only; in {config.framework} there are "
+            f"{', '.join(both)}."
+        )
     if config.curvature_examples > config.batch_size:
         raise ConfigError(
             f"config.curvature_examples is {config.curvature_examples}, more than the batch of "

@@ -1,13 +1,15 @@
 """From a config to the Optax transformation that it names.
 
-K-BFGS takes one extra argument in `update`, the curvature function; the baselines take none.
-Weight decay is part of the gradient for all of them, so all minimise the same function.
+K-BFGS and its kin take one extra argument in `update`, the curvature function; the baselines take
+none. Weight decay is part of the gradient for all of them, so all minimise the same function.
 """
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import jax
 import optax
+from optax.contrib import MuonDimensionNumbers, muon
 
 import kfqn_optax as kfqn
 
@@ -21,53 +23,128 @@ class Optimizer(NamedTuple):
 
     Attributes:
         transformation: the whole optimizer, learning rate included.
-        takes_curvature: whether `update` wants the extra argument `curvature_fn`, and whether
-            `kfqn.warm_start` applies to the state.
+        takes_curvature: whether `update` wants the extra argument `curvature_fn`.
+        warm_starts: whether `kfqn.warm_start` applies to the state.
     """
 
     transformation: optax.GradientTransformation
-    takes_curvature: bool
+    takes_curvature: bool = False
+    warm_starts: bool = False
 
 
-def _kbfgs(config: Config) -> Optimizer:
-    transformation = kfqn.kbfgs(
-        config.learning_rate,
-        config.damping,
-        momentum=config.momentum,
-        weight_decay=config.weight_decay,
+Layers = tuple[kfqn.Layer, ...] | None
+
+
+def _kbfgs(config: Config, layers: Layers) -> Optimizer:
+    shared = _shared(config, layers)
+    transformation = kfqn.kbfgs(**shared, factor_decay=config.factor_decay)
+    return Optimizer(transformation, takes_curvature=True, warm_starts=True)
+
+
+def _kbfgs_l(config: Config, layers: Layers) -> Optimizer:
+    transformation = kfqn.kbfgs_l(
+        **_shared(config, layers),
         factor_decay=config.factor_decay,
-        pair_decay=config.pair_decay,
-        powell=config.powell,
-        norm_constraint=config.norm_constraint or None,
+        memory_size=config.memory_size,
     )
+    return Optimizer(transformation, takes_curvature=True, warm_starts=True)
+
+
+def _kfqn(config: Config, layers: Layers) -> Optimizer:
+    """KF-QN, which keeps no second moments: they have no decay and no warm start."""
+    transformation = kfqn.kfqn(**_shared(config, layers), split=config.split)
     return Optimizer(transformation, takes_curvature=True)
 
 
-def _baseline(config: Config, rule: optax.GradientTransformation) -> Optimizer:
-    decay = optax.add_decayed_weights(config.weight_decay)
-    return Optimizer(optax.chain(decay, rule), takes_curvature=False)
+def _shared(config: Config, layers: Layers) -> dict[str, Any]:
+    """The arguments that K-BFGS, K-BFGS(L) and KF-QN have in common."""
+    return {
+        "learning_rate": config.learning_rate,
+        "damping": config.damping,
+        "momentum": config.momentum,
+        "weight_decay": config.weight_decay,
+        "pair_decay": config.pair_decay,
+        "powell": config.powell,
+        "norm_constraint": config.norm_constraint or None,
+        "layers": layers,
+        "fallback": _decayed(config, optax.adam(config.fallback_learning_rate)),
+    }
 
 
-def _adam(config: Config) -> Optimizer:
-    return _baseline(config, optax.adam(config.learning_rate))
+def _decayed(config: Config, rule: optax.GradientTransformation) -> optax.GradientTransformation:
+    """A rule that is given the weight decay with the gradient."""
+    return optax.chain(optax.add_decayed_weights(config.weight_decay), rule)
 
 
-def _sgdm(config: Config) -> Optimizer:
-    return _baseline(config, optax.sgd(config.learning_rate, momentum=config.momentum))
+def _adam(config: Config) -> optax.GradientTransformation:
+    return optax.adam(config.learning_rate)
 
 
-def _rmsprop(config: Config) -> Optimizer:
-    return _baseline(config, optax.rmsprop(config.learning_rate))
+def _sgdm(config: Config) -> optax.GradientTransformation:
+    return optax.sgd(config.learning_rate, momentum=config.momentum)
 
 
-OPTIMIZERS: dict[str, Callable[[Config], Optimizer]] = {
+def _rmsprop(config: Config) -> optax.GradientTransformation:
+    return optax.rmsprop(config.learning_rate)
+
+
+def _muon(config: Config) -> optax.GradientTransformation:
+    return muon(
+        config.learning_rate,
+        adam_learning_rate=config.fallback_learning_rate,
+        muon_weight_dimension_numbers=kernels_as_matrices,
+    )
+
+
+def kernels_as_matrices(params: Any) -> Any:
+    """Which axes of a parameter Muon takes as a matrix's rows and columns.
+
+    Left to itself, Muon takes every array of two axes, embeddings too, and no other. Here it takes
+    the kernels: of dense layers; of convolutions, patch by channels; of an attention, whose heads
+    are part of the output in the projections and of the input in ``out``. Everything else goes to
+    Adam: biases, scales, and embeddings, of which a step sees a few rows.
+
+    Args:
+        params: a tree of parameters of linen or NNX.
+
+    Returns:
+        The same tree with a ``MuonDimensionNumbers`` for each kernel and None for the others.
+    """
+
+    def numbers(path: tuple[Any, ...], leaf: Any) -> MuonDimensionNumbers | None:
+        names = jax.tree_util.keystr(path, simple=True, separator="/").removesuffix("/value")
+        *_, module, name = ["", *names.split("/")]
+        if name != "kernel" or leaf.ndim < 2:
+            return None
+        projection = leaf.ndim == 3 and module != "out"
+        rows = 1 if projection else leaf.ndim - 1
+        return MuonDimensionNumbers(tuple(range(rows)), tuple(range(rows, leaf.ndim)))
+
+    return jax.tree_util.tree_map_with_path(numbers, params)
+
+
+_WITH_CURVATURE: dict[str, Callable[[Config, Layers], Optimizer]] = {
     "kbfgs": _kbfgs,
+    "kbfgs_l": _kbfgs_l,
+    "kfqn": _kfqn,
+}
+_BASELINES: dict[str, Callable[[Config], optax.GradientTransformation]] = {
     "adam": _adam,
     "sgdm": _sgdm,
     "rmsprop": _rmsprop,
+    "muon": _muon,
 }
+OPTIMIZERS = (*_WITH_CURVATURE, *_BASELINES)
 
 
-def make_optimizer(config: Config) -> Optimizer:
-    """Returns the optimizer that a checked config names."""
-    return OPTIMIZERS[config.optimizer](config)
+def make_optimizer(config: Config, find_layers: Callable[[], Layers] = lambda: None) -> Optimizer:
+    """Returns the optimizer that a checked config names.
+
+    Args:
+        config: the config.
+        find_layers: gives the layers of the problem; called if the optimizer wants to know. None,
+            what it gives if left out, means those that the parameters' names show.
+    """
+    if config.optimizer in _BASELINES:
+        return Optimizer(_decayed(config, _BASELINES[config.optimizer](config)))
+    return _WITH_CURVATURE[config.optimizer](config, find_layers())

@@ -25,6 +25,15 @@ from rich.table import Table
 # Okabe and Ito's colours, which people with any colour vision can tell apart; yellow left out.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 _GREY = "#555555"
+_NAMES = {
+    "kbfgs": "K-BFGS",
+    "kbfgs_l": "K-BFGS(L)",
+    "kfqn": "KF-QN",
+    "adam": "Adam",
+    "sgdm": "SGD with momentum",
+    "rmsprop": "RMSprop",
+    "muon": "Muon",
+}
 
 
 def label(config: dict[str, Any]) -> str:
@@ -35,10 +44,11 @@ def label(config: dict[str, Any]) -> str:
     >>> label({"optimizer": "kbfgs", "learning_rate": 0.3, "damping": 0.1})
     'K-BFGS, lr 0.3, damping 0.1'
     """
-    names = {"kbfgs": "K-BFGS", "adam": "Adam", "sgdm": "SGD with momentum", "rmsprop": "RMSprop"}
     optimizer = config["optimizer"]
-    text = f"{names.get(optimizer, optimizer)}, lr {config['learning_rate']:g}"
-    return text + (f", damping {config['damping']:g}" if optimizer == "kbfgs" else "")
+    text = f"{_NAMES.get(optimizer, optimizer)}, lr {config['learning_rate']:g}"
+    if optimizer in ("kbfgs", "kbfgs_l", "kfqn"):
+        text += f", damping {config['damping']:g}"
+    return text + (", NNX" if config.get("framework") == "nnx" else "")
 
 
 def labels(runs: Sequence[Any]) -> list[str]:
@@ -99,9 +109,11 @@ def table(runs: Sequence[Any]) -> str:
     trained for the fewest seconds.
     """
     common = min(run.metrics[-1]["seconds"] for run in runs)
-    columns = ("run", "epochs", "seconds", "train loss", "test loss", "best test", "test mse")
+    classified = "test_accuracy" in runs[0].metrics[-1]
+    measure, digits = ("accuracy", 4) if classified else ("mse", 5)
+    columns = ("run", "epochs", "seconds", "train loss", "test loss", "best test")
     content = Table(title=f"{runs[0].config['problem']}: losses at the end of each run")
-    for name in (*columns, f"train at {common:.1f} s"):
+    for name in (*columns, f"test {measure}", f"train at {common:.1f} s"):
         content.add_column(name, justify="left" if name == "run" else "right")
     for run, name in zip(runs, labels(runs), strict=True):
         last = run.metrics[-1]
@@ -112,7 +124,7 @@ def table(runs: Sequence[Any]) -> str:
             f"{last['train_loss']:.3f}",
             f"{last['test_loss']:.3f}",
             f"{min(record['test_loss'] for record in run.metrics):.3f}",
-            f"{last['test_mse']:.5f}",
+            f"{last[f'test_{measure}']:.{digits}f}",
             f"{loss_at(run, common):.3f}",
         )
     text = io.StringIO()

@@ -68,8 +68,11 @@ class Display:
         """Writes the line of an epoch that is over."""
         running = min(metrics["epoch"] + 1, self._epochs)
         self._bar.update(self._task, description=f"epoch {running}/{self._epochs}")
-        self.say(
+        line = (
             f"epoch {metrics['epoch']:>3}/{self._epochs}  step {metrics['step']:>5}  "
             f"{metrics['seconds']:8.1f} s  train loss {metrics['train_loss']:10.4f}  "
             f"test loss {metrics['test_loss']:10.4f}"
         )
+        if "test_accuracy" in metrics:
+            line += f"  test accuracy {metrics['test_accuracy']:.4f}"
+        self.say(line)

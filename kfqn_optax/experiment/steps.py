@@ -1,7 +1,7 @@
 """What runs on the device: the training step, the warm start, the evaluation; and the data order.
 
-The images lie on the device as one array throughout; a step gets the whole array and the indices of
-its batch.
+The training examples lie on the device throughout, a pytree of arrays with the examples along the
+first axis of each; a step gets all of them and the indices of its batch.
 """
 
 import time
@@ -13,9 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-import kfqn_optax as kfqn
 from kfqn_optax.experiment.optimizers import Config, Optimizer
-from kfqn_optax.experiment.problems import Params, Problem, squared_norm
+from kfqn_optax.experiment.problems import Batch, ModelState, Params, Problem, squared_norm
 
 
 class TrainState(NamedTuple):
@@ -23,11 +22,22 @@ class TrainState(NamedTuple):
 
     params: Params
     opt_state: Any
+    model_state: ModelState = ()
+
+
+def count(examples: Batch) -> int:
+    """Returns the number of examples."""
+    return len(jax.tree.leaves(examples)[0])
+
+
+def take(examples: Batch, rows: Any) -> Batch:
+    """Returns some of the examples, by index or slice."""
+    return jax.tree.map(lambda array: array[rows], examples)
 
 
 def make_step(
     problem: Problem, optimizer: Optimizer, curvature_examples: int
-) -> Callable[[TrainState, jax.Array, jax.Array], tuple[TrainState, jax.Array]]:
+) -> Callable[[TrainState, Batch, jax.Array], tuple[TrainState, jax.Array]]:
     """Returns the training step, not yet jitted.
 
     Args:
@@ -36,21 +46,24 @@ def make_step(
         curvature_examples: how many of the batch's first examples curvature is measured on; 0: all.
 
     Returns:
-        A function of the state, all images and the indices of the batch, which returns the next
+        A function of the state, all examples and the indices of the batch, which returns the next
         state and the loss of the batch before the step.
     """
     transformation = optimizer.transformation
 
-    def step(state, images, indices):
-        params, opt_state = state
-        batch = images[indices]
-        loss, grads = jax.value_and_grad(problem.loss)(params, batch)
+    def step(state, examples, indices):
+        params, opt_state, model_state = state
+        batch = take(examples, indices)
+        gradient = jax.value_and_grad(problem.loss, has_aux=True)
+        (loss, next_model_state), grads = gradient(params, batch, model_state)
         extra = {}
         if optimizer.takes_curvature:
-            measured = batch[: curvature_examples or None]
-            extra["curvature_fn"] = kfqn.curvature_fn(problem.loss, params, measured)
+            # From the model state before the gradient pass, so with the same random masks.
+            measured = take(batch, slice(curvature_examples or None))
+            extra["curvature_fn"] = problem.curvature_fn(params, measured, model_state)
         updates, opt_state = transformation.update(grads, opt_state, params, **extra)
-        return TrainState(optax.apply_updates(params, updates), opt_state), loss
+        params = optax.apply_updates(params, updates)
+        return TrainState(params, opt_state, next_model_state), loss
 
     return step
 
@@ -60,52 +73,56 @@ def compile_step(
     optimizer: Optimizer,
     config: Config,
     state: TrainState,
-    images: jax.Array,
-) -> Callable[[TrainState, jax.Array, np.ndarray], tuple[TrainState, jax.Array]]:
+    examples: Batch,
+) -> Callable[[TrainState, Batch, np.ndarray], tuple[TrainState, jax.Array]]:
     """Returns `make_step`'s function, compiled; the state that it is called with is donated."""
     step = make_step(problem, optimizer, config.curvature_examples)
     indices = jax.ShapeDtypeStruct((config.batch_size,), np.int32)
-    return jax.jit(step, donate_argnums=0).lower(state, images, indices).compile()
+    return jax.jit(step, donate_argnums=0).lower(state, examples, indices).compile()
 
 
 def make_evaluate(
     problem: Problem,
-    train_images: jax.Array,
-    test_images: jax.Array,
+    train_examples: Batch,
+    test_examples: Batch,
     *,
     weight_decay: float,
     batch_size: int,
-) -> Callable[[Params], dict[str, float]]:
-    """Returns a function from parameters to the four measures of the metrics.
+) -> Callable[..., dict[str, float]]:
+    """Returns a function from parameters (and model state) to the four measures of the metrics.
 
-    A loss is the mean over a set plus weight_decay/2 |w|^2; a mean squared error is over the set's
-    images and their pixels. The sets are passed through in batches of `batch_size`; the last one is
-    filled up with images that do not count, so that one program serves all.
+    A loss is the mean over a set plus weight_decay/2 |w|^2; the problem's measure is a mean over
+    the set (a squared error also over an image's pixels). The sets are passed through in batches of
+    `batch_size`; the last one is filled up with examples that do not count, so that one program
+    serves all.
     """
 
     @jax.jit
-    def sums(params, images, start):
-        rows = start + jnp.arange(min(batch_size, len(images)), dtype=jnp.int32)
-        counts = rows < len(images)
-        losses, squares = problem.errors(params, images[jnp.minimum(rows, len(images) - 1)])
-        return jnp.where(counts, losses, 0.0).sum(), jnp.where(counts, squares, 0.0).sum()
+    def sums(params, model_state, examples, start):
+        size = count(examples)
+        rows = start + jnp.arange(min(batch_size, size), dtype=jnp.int32)
+        counts = rows < size
+        batch = take(examples, jnp.minimum(rows, size - 1))
+        losses, measures = problem.errors(params, batch, model_state)
+        return jnp.where(counts, losses, 0.0).sum(), jnp.where(counts, measures, 0.0).sum()
 
-    def means(params, images):
-        starts = range(0, len(images), batch_size)
-        parts = [sums(params, images, np.int32(start)) for start in starts]
-        return np.asarray(jax.device_get(parts), np.float64).sum(axis=0) / len(images)
+    def means(params, model_state, examples):
+        size = count(examples)
+        starts = range(0, size, batch_size)
+        parts = [sums(params, model_state, examples, np.int32(start)) for start in starts]
+        return np.asarray(jax.device_get(parts), np.float64).sum(axis=0) / size
 
     norm = jax.jit(squared_norm)
 
-    def evaluate(params):
+    def evaluate(params, model_state=()):
         penalty = 0.5 * weight_decay * float(norm(params))
-        train_loss, train_mse = means(params, train_images).tolist()
-        test_loss, test_mse = means(params, test_images).tolist()
+        train_loss, train_measure = means(params, model_state, train_examples).tolist()
+        test_loss, test_measure = means(params, model_state, test_examples).tolist()
         return {
             "train_loss": train_loss + penalty,
             "test_loss": test_loss + penalty,
-            "train_mse": train_mse,
-            "test_mse": test_mse,
+            f"train_{problem.measure}": train_measure,
+            f"test_{problem.measure}": test_measure,
         }
 
     return evaluate
@@ -122,7 +139,12 @@ def epoch_batches(seed: int, epoch: int, examples: int, batch_size: int) -> Iter
 
 
 def warm_start(
-    opt_state: Any, problem: Problem, params: Params, images: jax.Array, batch_size: int
+    opt_state: Any,
+    problem: Problem,
+    params: Params,
+    examples: Batch,
+    batch_size: int,
+    model_state: ModelState = (),
 ) -> tuple[Any, float, float]:
     """Measures the input second moments over the whole train set at the initial parameters.
 
@@ -137,11 +159,11 @@ def warm_start(
 
     def batches():
         nonlocal compiled
-        for number in range(len(images) // batch_size):
-            yield (images[number * batch_size : (number + 1) * batch_size],)
+        for number in range(count(examples) // batch_size):
+            yield take(examples, slice(number * batch_size, (number + 1) * batch_size))
             if number == 0:
                 compiled = time.perf_counter()
 
-    opt_state = kfqn.warm_start(opt_state, problem.loss, params, batches())
+    opt_state = problem.warm_start(opt_state, params, batches(), model_state)
     jax.block_until_ready(opt_state)
     return opt_state, time.perf_counter() - compiled, compiled - begin

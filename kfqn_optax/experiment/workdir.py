@@ -5,7 +5,7 @@
     metrics.jsonl   one line an epoch, epoch 0 (before training) included
     events.out.*    the same for TensorBoard, and the loss of every batch
     losses.png      the loss so far
-    summary.txt     who updates which parameter (kbfgs)
+    summary.txt     who updates which parameter (kbfgs and its kin)
 
 A folder holds one run or none: writing never mixes two.
 """
@@ -21,7 +21,9 @@ from tensorboardX import SummaryWriter
 
 from kfqn_optax.experiment import plots
 
-METRICS = ("epoch", "step", "seconds", "train_loss", "test_loss", "train_mse", "test_mse")
+_COMMON = ("epoch", "step", "seconds", "train_loss", "test_loss")
+METRICS = (*_COMMON, "train_mse", "test_mse")
+CLASSIFIER_METRICS = (*_COMMON, "train_accuracy", "test_accuracy")
 
 
 class RunError(ValueError):
@@ -34,7 +36,7 @@ class Run(NamedTuple):
     Attributes:
         folder: where it was read from.
         config: its config as a plain dict.
-        metrics: one dict an epoch, in order, with the keys `METRICS`.
+        metrics: one dict an epoch, in order, with the keys `METRICS` or `CLASSIFIER_METRICS`.
         cut_off: whether the last line of its metrics was incomplete and left out.
     """
 
@@ -42,6 +44,11 @@ class Run(NamedTuple):
     config: dict[str, Any]
     metrics: list[dict[str, Any]]
     cut_off: bool = False
+
+
+def metric_names(record: Mapping[str, Any]) -> tuple[str, ...]:
+    """The keys that an epoch's record has, or ought to have, in order."""
+    return CLASSIFIER_METRICS if "train_accuracy" in record else METRICS
 
 
 def refuse_taken(folder: str | os.PathLike) -> None:
@@ -90,17 +97,17 @@ class Recorder:
         """Writes one epoch everywhere: metrics, events, figure.
 
         Args:
-            metrics: a value for each of `METRICS`.
+            metrics: a value for each of `METRICS` or of `CLASSIFIER_METRICS`.
             batch_losses: the losses of the epoch's batches, the last of step `metrics["step"]`.
         """
-        line = {name: metrics[name] for name in METRICS}
+        line = {name: metrics[name] for name in metric_names(metrics)}
         self._run.metrics.append(line)
         with open(self.folder / "metrics.jsonl", "a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
 
         step = metrics["step"]
-        for name in METRICS[2:]:
-            self._events.add_scalar(name, metrics[name], step)
+        for name in list(line)[2:]:
+            self._events.add_scalar(name, line[name], step)
         for back, loss in enumerate(reversed(batch_losses)):
             self._events.add_scalar("batch_loss", loss, step - back)
         self._events.flush()
@@ -132,7 +139,7 @@ def read_run(folder: str | os.PathLike) -> Run:
     for number, line in enumerate(lines, start=1):
         try:
             record = json.loads(line)
-            metrics.append({name: record[name] for name in METRICS})
+            metrics.append({name: record[name] for name in metric_names(record)})
         except json.JSONDecodeError:
             if number < len(lines):
                 raise RunError(

@@ -21,7 +21,7 @@ CURVES = str(ROOT / "configs" / "curves.py")
 
 @pytest.fixture
 def tiny_curves(monkeypatch):
-    monkeypatch.setitem(PROBLEMS, "curves", tiny.PROBLEM)
+    monkeypatch.setitem(PROBLEMS, "curves", tiny.written(tiny.PROBLEM))
     monkeypatch.setattr(train, "load_dataset", lambda config: tiny.dataset())
 
 
@@ -133,7 +133,8 @@ def test_fault_of_the_program_keeps_its_traceback(tmp_path, tiny_curves, monkeyp
 
 
 def test_non_finite_run_exits_with_a_sentence(tmp_path, tiny_curves, capsys, monkeypatch):
-    monkeypatch.setitem(PROBLEMS, "curves", type(tiny.PROBLEM)(tiny.PROBLEM.widths, binary=False))
+    squared = type(tiny.PROBLEM)(tiny.PROBLEM.widths, binary=False)
+    monkeypatch.setitem(PROBLEMS, "curves", tiny.written(squared))
     overrides = ["--config.optimizer=sgdm", "--config.learning_rate=0.7", "--config.epochs=9"]
     assert _train(*_small(tmp_path, *overrides)) == 1
     assert "kfqn-train: the training loss at step 6 is " in capsys.readouterr().err

@@ -21,12 +21,17 @@ def _get_config(path):
 DAMPING = {"curves": 0.1, "mnist": 0.3, "faces": 0.1, "fashion_mnist": 0.3}
 
 
-@pytest.mark.parametrize("name", list(PROBLEMS))
+@pytest.mark.parametrize("name", PROBLEMS)
 def test_config_file_of_each_problem(name):
     config = _get_config(CONFIGS / f"{name}.py")
     check(config)
     assert set(config) == set(KEYS)
     assert config.problem == name
+
+
+@pytest.mark.parametrize("name", DAMPING)
+def test_config_file_of_each_autoencoder(name):
+    config = _get_config(CONFIGS / f"{name}.py")
     assert (config.optimizer, config.learning_rate, config.damping) == (
         "kbfgs",
         0.3,
@@ -65,7 +70,12 @@ def test_missing_key():
     ("key", "value", "rule"),
     [
         ("problem", "mnits", "one of curves, mnist"),
-        ("optimizer", "kfac", "one of kbfgs, adam, sgdm, rmsprop"),
+        ("optimizer", "kfac", "one of kbfgs, kbfgs_l, kfqn, adam, sgdm, rmsprop, muon"),
+        ("framework", "torch", "one of linen, nnx"),
+        ("split", "even", "one of sqrt_t, sqrt"),
+        ("fallback_learning_rate", 0.0, "above 0"),
+        ("memory_size", 0, "at least 1"),
+        ("dropout", 1.0, "below 1"),
         ("learning_rate", 0.0, "above 0"),
         ("learning_rate", float("nan"), "above 0"),
         ("damping", -0.3, "above 0"),
@@ -93,7 +103,8 @@ def test_value_out_of_range(key, value, rule):
 
 
 @pytest.mark.parametrize(
-    ("key", "value"), [("epochs", 1.5), ("epochs", True), ("warm_start", 1), ("data_dir", 3)]
+    ("key", "value"),
+    [("epochs", 1.5), ("epochs", True), ("warm_start", 1), ("data_dir", 3), ("tied", 1)],
 )
 def test_value_of_the_wrong_type(key, value):
     values = default_config().to_dict() | {key: value}
@@ -106,6 +117,15 @@ def test_whole_number_stands_for_a_float():
     config.learning_rate = 1
     check(config)
     assert isinstance(config.learning_rate, float)
+
+
+def test_framework_that_a_problem_is_not_written_in():
+    config = default_config()
+    config.framework = "nnx"
+    with pytest.raises(ConfigError, match="'curves' is written in linen only; .* char_transformer"):
+        check(config)
+    config.problem = "char_transformer"
+    check(config)
 
 
 def test_curvature_examples_beyond_the_batch():

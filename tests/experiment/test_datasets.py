@@ -21,7 +21,7 @@ import scipy.io
 import tensorflow_datasets as tfds
 
 from kfqn_optax.experiment import datasets
-from kfqn_optax.experiment.datasets import curves, faces, idx, mnist, png, prepare
+from kfqn_optax.experiment.datasets import curves, faces, idx, mnist, png, prepare, text
 
 RAW = pathlib.Path(__file__).parents[2].parent / "shared" / "data"
 needs_mnist = pytest.mark.skipif(
@@ -346,6 +346,21 @@ def test_mnist_is_prepared_once_as_tfds_own(tiny_mnist, tfds_folder, problem):
         assert example["label"] == labels[bytes(example["image"])]
 
 
+def test_labels_stay_with_their_images(tiny_mnist):
+    data = datasets.load("fashion_mnist_cnn", tiny_mnist["fashion_mnist"], train_examples=15)
+    assert (data.name, data.image_shape) == ("fashion_mnist_cnn", (28, 28))
+    alone = datasets.load("fashion_mnist")
+    for split, wanted, count in (("train", alone.train, 15), ("test", alone.test, 16)):
+        images, labels = getattr(data, split)
+        assert images.shape == (count, 28, 28, 1)
+        assert (images.dtype, labels.dtype) == (np.float32, np.int32)
+        np.testing.assert_array_equal(images.reshape(count, -1), wanted[:count])
+        raw, answers = contents(tiny_mnist["fashion_mnist"])[split]
+        answers = dict(zip(map(bytes, raw), answers, strict=True))
+        pixels = np.rint(images * 255).astype(np.uint8)
+        assert [answers[bytes(image)] for image in pixels] == labels.tolist()
+
+
 def test_uncompressed_files_in_the_manual_folder(tiny_mnist, tfds_folder):
     manual = tfds_folder / "downloads" / "manual"
     manual.mkdir(parents=True)
@@ -428,6 +443,39 @@ def test_faces_in_full():
     _, basis = np.linalg.eigh(np.cov(data.train, rowvar=False))
     rest = data.test @ basis[:, :-30]
     assert (rest**2).sum(axis=1).mean() == pytest.approx(133, abs=2)
+
+
+# --- text ----------------------------------------------------------------------------------------
+
+
+def test_text_of_this_python():
+    data = datasets.load("char_transformer")
+    whole = text.read()
+    assert (data.name, data.characters) == ("char_transformer", len(whole))
+    assert data.sha256 == hashlib.sha256(whole.encode()).hexdigest()
+    assert data.contents == "windows of 64 characters"
+    cut = int(0.9 * len(whole))
+    assert len(data.train.inputs) == (cut - 1) // 64
+    assert len(data.test.inputs) == (len(whole) - cut - 1) // 64
+    for (inputs, labels), start in ((data.train, 0), (data.test, cut)):
+        assert inputs.shape == labels.shape
+        assert inputs.dtype == labels.dtype == np.int32
+        decoded = "".join(text.ALPHABET[code] for code in inputs.ravel())
+        following = "".join(text.ALPHABET[code] for code in labels.ravel())
+        original = "".join(c if c in text.ALPHABET else text.ALPHABET[-1] for c in whole)
+        assert original[start:].startswith(decoded)
+        assert original[start + 1 :].startswith(following)
+    some = datasets.load("char_transformer", train_examples=7)
+    np.testing.assert_array_equal(some.train.inputs, data.train.inputs[:7])
+    np.testing.assert_array_equal(some.test.labels, data.test.labels)
+    with pytest.raises(ValueError, match=r"but 'char_transformer' has \d+ training windows"):
+        datasets.load("char_transformer", train_examples=10**6)
+
+
+def test_python_without_its_text(monkeypatch):
+    monkeypatch.setitem(sys.modules, "pydoc_data.topics", None)
+    with pytest.raises(FileNotFoundError, match=r"no pydoc_data\.topics"):
+        datasets.load("char_transformer")
 
 
 # --- asking wrongly, and folders in a bad state --------------------------------------------------

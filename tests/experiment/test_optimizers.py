@@ -1,9 +1,11 @@
 """A config's optimizer does the step that its name promises, weight decay included."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
+from optax.contrib import MuonDimensionNumbers
 
 from kfqn_optax.experiment import optimizers
 
@@ -13,8 +15,9 @@ DECAYED = G + TAU * W  # 2.05
 
 def _two_steps(name):
     config = tiny.config(optimizer=name, learning_rate=LR, weight_decay=TAU, momentum=0.7)
-    tx, takes_curvature = optimizers.make_optimizer(config)
+    tx, takes_curvature, warm_starts = optimizers.make_optimizer(config)
     assert not takes_curvature
+    assert not warm_starts
     params = jnp.full((3,), W, jnp.float32)
     grads = jnp.full((3,), G, jnp.float32)
     state = tx.init(params)
@@ -51,20 +54,88 @@ def test_weight_decay_is_part_of_the_gradient(name):
     np.testing.assert_allclose(updates, -LR / np.sqrt(1 if name == "adam" else 0.1), rtol=1e-4)
 
 
-def test_kbfgs_gets_every_number(monkeypatch):
+NUMBERS = {
+    "learning_rate": 0.16,
+    "damping": 0.17,
+    "momentum": 0.11,
+    "weight_decay": 0.12,
+    "pair_decay": 0.14,
+    "powell": 0.15,
+    "norm_constraint": 0.18,
+}
+OWN = {
+    "kbfgs": {"factor_decay": 0.13},
+    "kbfgs_l": {"factor_decay": 0.13, "memory_size": 7},
+    "kfqn": {"split": "sqrt"},
+}
+
+
+@pytest.mark.parametrize("name", OWN)
+def test_kbfgs_and_its_kin_get_every_number(monkeypatch, name):
     calls = []
-    monkeypatch.setattr(optimizers.kfqn, "kbfgs", lambda *a, **k: calls.append((a, k)))
-    numbers = {
-        "momentum": 0.11,
-        "weight_decay": 0.12,
-        "factor_decay": 0.13,
-        "pair_decay": 0.14,
-        "powell": 0.15,
-        "norm_constraint": 0.18,
-    }
-    config = tiny.config(optimizer="kbfgs", learning_rate=0.16, damping=0.17, **numbers)
-    assert optimizers.make_optimizer(config).takes_curvature
+    monkeypatch.setattr(optimizers.kfqn, name, lambda **k: calls.append(k), raising=False)
+    config = tiny.config(optimizer=name, **NUMBERS, **OWN[name])
+    made = optimizers.make_optimizer(config, lambda: ("the layers",))
+    assert made.takes_curvature
+    assert made.warm_starts == (name != "kfqn")
     config.norm_constraint = 0.0
     optimizers.make_optimizer(config)
-    unlimited = numbers | {"norm_constraint": None}
-    assert calls == [((0.16, 0.17), numbers), ((0.16, 0.17), unlimited)]
+    limited, unlimited = ({**call, "fallback": None} for call in calls)
+    expected = NUMBERS | OWN[name] | {"fallback": None}
+    assert limited == expected | {"layers": ("the layers",)}
+    assert unlimited == expected | {"layers": None, "norm_constraint": None}
+
+
+def test_fallback_is_adam_with_its_own_learning_rate(monkeypatch):
+    """The weight decay is part of its gradient too: with g = 0 it alone makes a step."""
+    calls = []
+    monkeypatch.setattr(optimizers.kfqn, "kbfgs", lambda **k: calls.append(k))
+    config = tiny.config(weight_decay=TAU, learning_rate=0.3, fallback_learning_rate=LR)
+    optimizers.make_optimizer(config)
+    tx = calls[0]["fallback"]
+    params = jnp.full((3,), W, jnp.float32)
+    updates, _ = tx.update(jnp.zeros_like(params), tx.init(params), params)
+    np.testing.assert_allclose(updates, -LR, rtol=1e-4)
+
+
+def _matrices(problem):
+    """{path: axes that Muon takes as rows, as columns}, NNX paths written as linen's."""
+    params, _ = problem.init(0)
+    is_leaf = lambda node: node is None or isinstance(node, MuonDimensionNumbers)  # noqa: E731
+    numbers = jax.tree.leaves(optimizers.kernels_as_matrices(params), is_leaf=is_leaf)
+    paths = [path for path, _ in jax.tree.leaves_with_path(params)]
+    names = [jax.tree_util.keystr(path, simple=True, separator="/") for path in paths]
+    names = [name.removeprefix("params/").removesuffix("/value") for name in names]
+    names = [tiny.linen_name(name) for name in names]
+    return dict(zip(names, numbers, strict=True))
+
+
+@pytest.mark.parametrize("name", tiny.CLASSIFIERS)
+def test_muon_takes_kernels_as_matrices(name):
+    linen, nnx = (_matrices(make(None)) for make in tiny.CLASSIFIERS[name].values())
+    assert linen == nnx
+    kernels = {path: numbers for path, numbers in linen.items() if numbers is not None}
+    assert set(kernels) == {path for path in linen if path.endswith("/kernel")}
+    expected = {"head": ((0,), (1,)), "convs_1": ((0, 1, 2), (3,))}
+    if name == "char_transformer":
+        projection = ((0,), (1, 2))
+        expected = {"head": ((0,), (1,)), "blocks_0/mlp_in": ((0,), (1,))}
+        expected |= {"blocks_0/attention/query": projection, "blocks_0/attention/key": projection}
+        expected |= {"blocks_0/attention/value": projection}
+        expected |= {"blocks_0/attention/out": ((0, 1), (2,))}
+    assert {path: kernels[f"params/{path}/kernel"] for path in expected} == expected
+
+
+def test_muon_steps():
+    """A kernel's step is orthogonal up to Muon's tolerance; the others' is Adam's with Nesterov."""
+    config = tiny.config(optimizer="muon", learning_rate=0.1, fallback_learning_rate=LR)
+    tx = optimizers.make_optimizer(config).transformation
+    rng = np.random.default_rng(0)
+    params = {"out": {"kernel": jnp.asarray(rng.normal(size=(2, 3, 6))), "bias": jnp.ones(6)}}
+    params["embed"] = {"embedding": jnp.ones((5, 6))}
+    updates, _ = tx.update(params, tx.init(params), params)
+    singular = np.linalg.svd(updates["out"]["kernel"].reshape(6, 6), compute_uv=False)
+    assert 0.06 < singular.min() < singular.max() < 0.13
+    # With a constant gradient g, Nesterov's look-ahead is (0.1 + 0.9 0.1 / (1 - 0.9^2)) g.
+    for step in (updates["embed"]["embedding"], updates["out"]["bias"]):
+        np.testing.assert_allclose(step, -LR * (1 + 0.09 / 0.19), rtol=1e-3)

@@ -38,6 +38,14 @@ def test_labels_tell_equal_runs_apart(runs):
     assert names[1:] == ["Adam, lr 0.001 (b)", f"Adam, lr 0.001 ({Path('runs/c')})"]
 
 
+def test_labels_name_what_matters():
+    kfqn = {"optimizer": "kfqn", "learning_rate": 0.1, "damping": 0.2, "framework": "nnx"}
+    muon = {"optimizer": "muon", "learning_rate": 0.02, "damping": 0.2, "framework": "linen"}
+    assert plots.label(kfqn) == "KF-QN, lr 0.1, damping 0.2, NNX"
+    assert plots.label(kfqn | {"optimizer": "kbfgs_l"}).startswith("K-BFGS(L), lr 0.1, damping 0.2")
+    assert plots.label(muon) == "Muon, lr 0.02"
+
+
 def test_compare_figure(runs):
     figure = plots.compare_figure(runs)
     by_epoch, by_seconds = figure.axes
@@ -90,6 +98,18 @@ def test_table(runs):
     assert cells == expected
     cells = [cell.strip() for cell in adam.strip("│ ").split("│")]
     assert cells[3:6] == ["160.000", "161.000", "151.000"]
+
+
+def test_table_of_classifiers(runs):
+    for number, run in enumerate(runs):
+        for record in run.metrics:
+            del record["train_mse"], record["test_mse"]
+            record |= {"train_accuracy": 0.9, "test_accuracy": 0.81234 + number / 10}
+    text = plots.table(runs)
+    assert "test accuracy" in text
+    assert "mse" not in text
+    assert "│ 0.8123 │".replace(" ", "") in text.replace(" ", "")
+    assert "0.9123" in text
 
 
 def test_save_replaces_the_file_in_one_stroke(tmp_path, runs, monkeypatch):

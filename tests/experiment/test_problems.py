@@ -4,7 +4,8 @@ import jax
 import numpy as np
 import pytest
 
-from kfqn_optax.experiment.problems import PROBLEMS, Problem, squared_norm
+from kfqn_optax.experiment.problems import squared_norm
+from kfqn_optax.experiment.problems.autoencoder import AUTOENCODERS, AutoencoderProblem
 
 WIDTHS = (12, 9, 3, 9, 12)
 
@@ -27,16 +28,17 @@ def images():
 
 
 def test_widths():
-    assert PROBLEMS["mnist"].widths == (784, 1000, 500, 250, 30, 250, 500, 1000, 784)
-    assert PROBLEMS["fashion_mnist"] == PROBLEMS["mnist"]
-    assert PROBLEMS["faces"].widths == (625, 2000, 1000, 500, 30, 500, 1000, 2000, 625)
+    assert AUTOENCODERS["mnist"].widths == (784, 1000, 500, 250, 30, 250, 500, 1000, 784)
+    assert AUTOENCODERS["fashion_mnist"] == AUTOENCODERS["mnist"]
+    assert AUTOENCODERS["faces"].widths == (625, 2000, 1000, 500, 30, 500, 1000, 2000, 625)
     half = (784, 400, 200, 100, 50, 25)
-    assert PROBLEMS["curves"].widths == (*half, 6, *reversed(half))
-    assert [name for name, problem in PROBLEMS.items() if not problem.binary] == ["faces"]
+    assert AUTOENCODERS["curves"].widths == (*half, 6, *reversed(half))
+    assert [name for name, problem in AUTOENCODERS.items() if not problem.binary] == ["faces"]
 
 
 def test_initial_parameters_fill_their_bounds():
-    params = Problem((100, 400, 20, 400, 100), binary=True).init(seed=3)["params"]
+    variables, _ = AutoencoderProblem((100, 400, 20, 400, 100), binary=True).init(seed=3)
+    params = variables["params"]
     for number, (fan_in, units) in enumerate([(100, 400), (400, 20), (20, 400), (400, 100)]):
         bound = fan_in**-0.5
         layer = params[f"Dense_{number}"]
@@ -51,15 +53,15 @@ def test_initial_parameters_fill_their_bounds():
 
 
 def test_seed_decides_the_parameters():
-    problem = Problem(WIDTHS, binary=True)
-    one, same, other = problem.init(1), problem.init(1), problem.init(2)
+    problem = AutoencoderProblem(WIDTHS, binary=True)
+    one, same, other = (problem.init(seed)[0] for seed in (1, 1, 2))
     assert jax.tree.all(jax.tree.map(np.array_equal, one, same))
     assert not any(jax.tree.leaves(jax.tree.map(np.array_equal, one, other)))
 
 
 def test_binary_errors(images):
-    problem = Problem(WIDTHS, binary=True)
-    params = jax.tree.map(lambda leaf: 3 * leaf, problem.init(0))
+    problem = AutoencoderProblem(WIDTHS, binary=True)
+    params = jax.tree.map(lambda leaf: 3 * leaf, problem.init(0)[0])
     logits = _numpy_forward(params, images)
     p = 1 / (1 + np.exp(-logits))
     cross_entropy = -(images * np.log(p) + (1 - images) * np.log(1 - p)).sum(axis=1)
@@ -67,23 +69,23 @@ def test_binary_errors(images):
     losses, squares = problem.errors(params, images)
     np.testing.assert_allclose(losses, cross_entropy, rtol=1e-5)
     np.testing.assert_allclose(squares, ((p - images) ** 2).mean(axis=1), rtol=1e-5)
-    np.testing.assert_allclose(problem.loss(params, images), cross_entropy.mean(), rtol=1e-5)
+    np.testing.assert_allclose(problem.loss(params, images)[0], cross_entropy.mean(), rtol=1e-5)
     assert losses.dtype == squares.dtype == np.float32
 
 
 def test_squared_errors(images):
-    problem = Problem(WIDTHS, binary=False)
-    params = jax.tree.map(lambda leaf: 3 * leaf, problem.init(0))
+    problem = AutoencoderProblem(WIDTHS, binary=False)
+    params = jax.tree.map(lambda leaf: 3 * leaf, problem.init(0)[0])
     squared = (_numpy_forward(params, images) - images) ** 2
 
     losses, squares = problem.errors(params, images)
     np.testing.assert_allclose(losses, 0.5 * squared.sum(axis=1), rtol=1e-5)
     np.testing.assert_allclose(squares, squared.mean(axis=1), rtol=1e-5)
-    np.testing.assert_allclose(problem.loss(params, images), losses.mean(), rtol=1e-6)
+    np.testing.assert_allclose(problem.loss(params, images)[0], losses.mean(), rtol=1e-6)
 
 
 def test_squared_norm_counts_biases():
-    params = Problem(WIDTHS, binary=True).init(0)
+    params, _ = AutoencoderProblem(WIDTHS, binary=True).init(0)
     leaves = [np.asarray(leaf, np.float64) for leaf in jax.tree.leaves(params)]
     assert len(leaves) == 8
     np.testing.assert_allclose(squared_norm(params), sum((x**2).sum() for x in leaves), rtol=1e-6)

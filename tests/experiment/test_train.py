@@ -16,7 +16,7 @@ import kfqn_optax as kfqn
 from kfqn_optax.experiment import plots, steps
 from kfqn_optax.experiment.config import ConfigError
 from kfqn_optax.experiment.optimizers import make_optimizer
-from kfqn_optax.experiment.problems import PROBLEMS, squared_norm
+from kfqn_optax.experiment.problems import PROBLEMS, make_problem, squared_norm
 from kfqn_optax.experiment.train import NonFiniteLoss, train
 from kfqn_optax.experiment.workdir import METRICS
 
@@ -26,7 +26,7 @@ SAVE = plots.save
 @pytest.fixture(autouse=True)
 def _tiny_problem(monkeypatch):
     """No figures either, which take longer than all the rest."""
-    monkeypatch.setitem(PROBLEMS, "curves", tiny.PROBLEM)
+    monkeypatch.setitem(PROBLEMS, "curves", tiny.written(tiny.PROBLEM))
     monkeypatch.setattr(plots, "save", lambda figure, path: None)
 
 
@@ -89,7 +89,7 @@ def test_metrics_include_the_weight_decay(tmp_path):
     """Epoch 0 against the measures taken directly, at a decay that shows."""
     data = tiny.dataset()
     line = train(tiny.config(weight_decay=0.01, epochs=1), tmp_path, data)[0]
-    params = tiny.PROBLEM.init(0)
+    params, _ = tiny.PROBLEM.init(0)
     penalty = 0.005 * float(squared_norm(params))
     assert penalty > 0.02
     for name, images in (("train", data.train), ("test", data.test)):
@@ -124,7 +124,7 @@ def test_warm_start_is_a_choice(tmp_path):
 
 
 def test_warm_start_leaves_out_the_incomplete_batch():
-    data, params = tiny.dataset(), tiny.PROBLEM.init(0)
+    data, (params, _) = tiny.dataset(), tiny.PROBLEM.init(0)
     state = make_optimizer(tiny.config()).transformation.init(params)
     warm, seconds, compile_seconds = steps.warm_start(
         state, tiny.PROBLEM, params, jnp.asarray(data.train), batch_size=16
@@ -141,7 +141,7 @@ def test_step_measures_curvature_on_the_first_examples(curvature_examples):
     images = jnp.asarray(tiny.dataset().train)
     indices = np.arange(3, 19, dtype=np.int32)
     optimizer = make_optimizer(tiny.config())
-    params = tiny.PROBLEM.init(0)
+    params, _ = tiny.PROBLEM.init(0)
     state = steps.TrainState(params, optimizer.transformation.init(params))
     step = jax.jit(steps.make_step(tiny.PROBLEM, optimizer, curvature_examples))
     for _ in range(2):
@@ -152,7 +152,7 @@ def test_step_measures_curvature_on_the_first_examples(curvature_examples):
 
     @jax.jit
     def by_hand(params, opt_state):
-        loss, grads = jax.value_and_grad(tiny.PROBLEM.loss)(params, batch)
+        (loss, _), grads = jax.value_and_grad(tiny.PROBLEM.loss, has_aux=True)(params, batch)
         curvature = kfqn.curvature_fn(tiny.PROBLEM.loss, params, measured)
         updates, opt_state = optimizer.transformation.update(
             grads, opt_state, params, curvature_fn=curvature
@@ -170,7 +170,7 @@ def test_step_measures_curvature_on_the_first_examples(curvature_examples):
 
 @pytest.mark.parametrize("batch_size", [1, 7, 25, 70, 1000])
 def test_evaluation_does_not_depend_on_its_batches(batch_size):
-    data, params = tiny.dataset(), tiny.PROBLEM.init(0)
+    data, (params, _) = tiny.dataset(), tiny.PROBLEM.init(0)
     evaluate = steps.make_evaluate(
         tiny.PROBLEM,
         jnp.asarray(data.train),
@@ -222,14 +222,16 @@ def test_workdir_that_is_a_file_is_refused(tmp_path):
 
 def _first_non_finite_step(config, data):
     """Follows the same run step by step, without jit."""
-    params = PROBLEMS["curves"].init(config.seed)
+    problem = make_problem(config)
+    params, _ = problem.init(config.seed)
     optimizer = make_optimizer(config).transformation
     state = optimizer.init(params)
     number = 0
     for epoch in range(1, config.epochs + 1):
         for batch in steps.epoch_batches(config.seed, epoch, len(data.train), config.batch_size):
             number += 1
-            loss, grads = jax.value_and_grad(PROBLEMS["curves"].loss)(params, data.train[batch])
+            gradient = jax.value_and_grad(problem.loss, has_aux=True)
+            (loss, _), grads = gradient(params, data.train[batch])
             if not np.isfinite(loss):
                 return number
             updates, state = optimizer.update(grads, state, params)
@@ -239,7 +241,8 @@ def _first_non_finite_step(config, data):
 
 def test_non_finite_loss_names_the_step(tmp_path, monkeypatch):
     """Squared errors blow up over a few steps; the loss of every step is looked at, late."""
-    monkeypatch.setitem(PROBLEMS, "curves", type(tiny.PROBLEM)(tiny.PROBLEM.widths, binary=False))
+    squared = type(tiny.PROBLEM)(tiny.PROBLEM.widths, binary=False)
+    monkeypatch.setitem(PROBLEMS, "curves", tiny.written(squared))
     data = tiny.dataset()
     config = tiny.config(optimizer="sgdm", learning_rate=0.7, epochs=20)
     step = _first_non_finite_step(config, data)

@@ -1,4 +1,4 @@
-"""The four autoencoder problems: a network and a loss each.
+"""The autoencoder problems: a network and a loss each.
 
 An autoencoder maps an image to itself through a narrow code. The networks and losses are those of
 the K-BFGS paper (arXiv 2006.08877, section 5 and appendix): relu after every layer but the code and
@@ -6,14 +6,14 @@ the output, weights and biases uniform within 1 / sqrt(fan-in), which is PyTorch
 """
 
 import dataclasses
-from typing import Any
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
 import optax
 from flax import linen as nn
 
-Params = Any
+from kfqn_optax.experiment.problems.problem import LinenProblem, ModelState, Params
 
 
 def uniform_within(bound: float) -> nn.initializers.Initializer:
@@ -55,8 +55,8 @@ class Autoencoder(nn.Module):
 
 
 @dataclasses.dataclass(frozen=True)
-class Problem:
-    """What to train: a network and how its output is compared with the image.
+class AutoencoderProblem(LinenProblem):
+    """A network and how its output is compared with the image. There is no model state.
 
     Attributes:
         widths: the autoencoder's widths, from the input to the output.
@@ -66,50 +66,73 @@ class Problem:
 
     widths: tuple[int, ...]
     binary: bool
+    measure: ClassVar[str] = "mse"
+
+    @property
+    def network(self) -> str:
+        """See `Problem`."""
+        return "-".join(str(width) for width in self.widths)
 
     def model(self) -> Autoencoder:
         """Returns the network."""
         return Autoencoder(self.widths)
 
-    def init(self, seed: int) -> Params:
+    def init(self, seed: int) -> tuple[Params, ModelState]:
         """Returns the initial parameters for a seed."""
         images = jnp.zeros((1, self.widths[0]), jnp.float32)
         # One program instead of one for every layer's shapes: 0.5 s instead of 6.
-        return jax.jit(self.model().init)(jax.random.key(seed), images)
+        return jax.jit(self.model().init)(jax.random.key(seed), images), ()
 
-    def errors(self, params: Params, images: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def errors(
+        self, params: Params, batch: jax.Array, model_state: ModelState = ()
+    ) -> tuple[jax.Array, jax.Array]:
         """Measures each image's reconstruction.
 
         Args:
             params: parameters from `init`.
-            images: float32 [batch, pixels].
+            batch: images, float32 [batch, pixels].
+            model_state: empty.
 
         Returns:
             The losses [batch], summed over pixels, and the squared errors [batch], averaged over
             pixels. For binary problems the squared error is that of sigmoid(output).
         """
-        outputs = jnp.asarray(self.model().apply(params, images))
+        del model_state
+        outputs = jnp.asarray(self.model().apply(params, batch))
         if self.binary:
-            losses = optax.sigmoid_binary_cross_entropy(outputs, images).sum(axis=-1)
-            return losses, jnp.square(jax.nn.sigmoid(outputs) - images).mean(axis=-1)
-        squares = jnp.square(outputs - images)
+            losses = optax.sigmoid_binary_cross_entropy(outputs, batch).sum(axis=-1)
+            return losses, jnp.square(jax.nn.sigmoid(outputs) - batch).mean(axis=-1)
+        squares = jnp.square(outputs - batch)
         return 0.5 * squares.sum(axis=-1), squares.mean(axis=-1)
 
-    def loss(self, params: Params, images: jax.Array) -> jax.Array:
-        """Returns the mean loss of a batch, without weight decay: what the optimizers are given."""
-        return self.errors(params, images)[0].mean()
+    def loss(
+        self, params: Params, batch: jax.Array, model_state: ModelState = ()
+    ) -> tuple[jax.Array, ModelState]:
+        """See `Problem`."""
+        return self.errors(params, batch)[0].mean(), model_state
+
+    def layers(self, params: Params, batch: jax.Array, model_state: ModelState) -> None:
+        """Returns None: every kernel is a dense layer's."""
+        del params, batch, model_state
+
+    def misfit(self, batch: jax.Array) -> str:
+        """See `Problem`."""
+        pixels = batch.shape[1]
+        if pixels == self.widths[0]:
+            return ""
+        return (
+            f"the images have {pixels} pixels, but the network of this problem takes "
+            f"{self.widths[0]}."
+        )
 
 
 _MNIST = (784, 1000, 500, 250, 30, 250, 500, 1000, 784)
 
-PROBLEMS = {
-    "curves": Problem((784, 400, 200, 100, 50, 25, 6, 25, 50, 100, 200, 400, 784), binary=True),
-    "mnist": Problem(_MNIST, binary=True),
-    "fashion_mnist": Problem(_MNIST, binary=True),
-    "faces": Problem((625, 2000, 1000, 500, 30, 500, 1000, 2000, 625), binary=False),
+AUTOENCODERS = {
+    "curves": AutoencoderProblem(
+        (784, 400, 200, 100, 50, 25, 6, 25, 50, 100, 200, 400, 784), binary=True
+    ),
+    "mnist": AutoencoderProblem(_MNIST, binary=True),
+    "fashion_mnist": AutoencoderProblem(_MNIST, binary=True),
+    "faces": AutoencoderProblem((625, 2000, 1000, 500, 30, 500, 1000, 2000, 625), binary=False),
 }
-
-
-def squared_norm(params: Params) -> jax.Array:
-    """Returns the sum of the squares of all parameters, biases too: |w|^2 of the weight decay."""
-    return optax.tree.norm(params, squared=True)
