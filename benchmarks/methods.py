@@ -1,6 +1,6 @@
 """All methods on the CNN and on the transformer, each tuned on the same budget of steps.
 
-    python benchmarks/methods.py --config configs/char_transformer.py --steps 64 \\
+    python benchmarks/methods.py --config configs/char_transformer.py --steps 64
         [--methods kbfgs adam ...] [--config.key=value ...]
     python benchmarks/methods.py --draw
 

@@ -103,23 +103,36 @@ def path_name(path: tuple[Any, ...]) -> str:
 def fill_holes(full: Any, given: Any) -> Any:
     """``full`` with the leaves of ``given`` in the place of its own.
 
-    What ``given`` lacks is what ``optax.masked`` or ``optax.partition`` left out of it: a leaf, or
-    with masks that are prefixes whole parts of the tree.
+    ``given`` may have holes, nodes without leaves: what ``optax.masked`` and ``optax.partition``
+    leave of a parameter, or, with masks that are prefixes, of a whole part of the tree.
 
     Raises:
-        ValueError: if ``given`` has leaves that ``full`` has not.
+        ValueError: if ``given`` has a leaf or a hole where ``full`` has nothing.
     """
-    names, others = named_leaves(full), named_leaves(given)
-    surplus = others.keys() - names.keys()
+
+    def parts(tree: Any) -> dict[str, Any]:
+        found, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_hole)
+        return {path_name(path): node for path, node in found}
+
+    names, nodes = parts(full), parts(given)
+    leaves = {name: node for name, node in nodes.items() if not is_hole(node)}
+    inner = {join(*name.split("/")[:i]) for name in names for i in range(1, name.count("/") + 1)}
+    surplus = nodes.keys() - names.keys() - (inner - leaves.keys())
     if surplus:
         raise ValueError(
             "the parameters given to the update differ in structure from those given to "
             f"curvature_fn; only in the update: {some(sorted(surplus))}; only in curvature_fn: "
-            f"{some(sorted(names.keys() - others.keys()))}. Pass both the same parameters."
+            f"{some(sorted(names.keys() - nodes.keys()))}. Pass both the same parameters."
         )
     return jax.tree_util.tree_map_with_path(
-        lambda path, leaf: others.get(path_name(path), leaf), full
+        lambda path, leaf: leaves.get(path_name(path), leaf), full
     )
+
+
+def is_hole(node: Any) -> bool:
+    """Whether this is a single node without leaves."""
+    structure = jax.tree.structure(node)
+    return structure.num_nodes == 1 and structure.num_leaves == 0
 
 
 def infer_layers(leaves: Mapping[str, Any]) -> tuple[Layer, ...]:

@@ -217,10 +217,8 @@ def _is_placeholder(params: Any) -> bool:
     It wants to see where in a state the parameters go. The placeholder is one node without leaves
     that is no container.
     """
-    structure = jax.tree.structure(params)
-    if params is None or isinstance(params, (Mapping, Sequence)):
-        return False
-    return structure.num_nodes == 1 and structure.num_leaves == 0
+    container = params is None or isinstance(params, (Mapping, Sequence))
+    return not container and layers_lib.is_hole(params)
 
 
 def _placeholder_state(given: tuple[Layer, ...] | None, options: Options) -> Any:

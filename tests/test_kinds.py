@@ -213,8 +213,14 @@ def test_the_key_projection_has_no_mean_cotangent():
         assert 0 < eigenvalues.min() <= eigenvalues.max() < 20
 
 
-@pytest.mark.parametrize("method", [kfqn.kbfgs, kfqn.kbfgs_l, kfqn.kfqn])
-@pytest.mark.parametrize("name", MODELS)
+STEPS = [
+    *((name, kfqn.kbfgs) for name in MODELS),
+    *((name, kfqn.kfqn) for name in ("conv 2-d strided", "conv in groups", "attention", "embed")),
+    ("conv in groups", kfqn.kbfgs_l),
+]
+
+
+@pytest.mark.parametrize(("name", "method"), STEPS)
 def test_a_step_with_every_kind(name, method):
     """Direction, shapes, one compilation; and a small enough step goes down."""
     _, loss_fn, params, x = setup(name)

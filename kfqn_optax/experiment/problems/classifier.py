@@ -177,9 +177,7 @@ class NnxClassifier(_Classifier):
         self, params: Params, batch: Examples, model_state: NnxState
     ) -> Callable[[Params], kfqn.Statistics]:
         """See `Problem`."""
-        measure = kfqn.nnx_curvature_fn(self.model_loss, self.model(params, model_state), batch)
-        # K-BFGS is given its own parameters, with holes where those of the fallback are.
-        return lambda given, **options: measure(_filled(params, given), **options)
+        return kfqn.nnx_curvature_fn(self.model_loss, self.model(params, model_state), batch)
 
     def layers(
         self, params: Params, batch: Examples, model_state: NnxState
@@ -193,8 +191,3 @@ class NnxClassifier(_Classifier):
         """See `Problem`."""
         model = self.model(params, model_state)
         return kfqn.warm_start(opt_state, self.model_loss, model, ((batch,) for batch in batches))
-
-
-def _filled(full: Params, given: Params) -> Params:
-    """``given`` with the holes that ``optax.partition`` left in it filled."""
-    return jax.tree.map(lambda leaf, of: of if jax.tree.leaves(of) else leaf, full, given)
