@@ -107,6 +107,11 @@ def setup(name):
     return model, loss_fn, params, x
 
 
+def measure(loss_fn, params, x, **request):
+    """The statistics at ``params``, by one compiled program."""
+    return jax.jit(lambda p: kfqn.curvature_fn(loss_fn, p, x)(p, **request))(params)
+
+
 def watched(model, params, x, loss_fn):
     """By layer path, the calls of a plain pass and what came in: an interceptor that only looks."""
     met = {}
@@ -128,7 +133,7 @@ def watched(model, params, x, loss_fn):
 @pytest.mark.parametrize("name", MODELS)
 def test_statistics_against_explicit_rows(name):
     model, loss_fn, params, x = setup(name)
-    measured = kfqn.curvature_fn(loss_fn, params, x)(params)
+    measured = measure(loss_fn, params, x)
     layers = {layer.path: layer for layer in kfqn.find_layers(loss_fn, params, x)}
     assert set(measured.layers) == set(layers)
     assert layers
@@ -154,11 +159,11 @@ def test_statistics_against_explicit_rows(name):
             moment = np.diagonal(moment)
         assert relative(ours.input_moment, moment) < 1e-10
         # The gradient is the sum of a g^T: with one row per matrix g is known from it.
-        if layer.bias is not None and len(met) == 1:
+        if layer.bias is not None and len(met) == 1 and not path.endswith("key"):  # that is 0
             bias = layer.bias.to_matrix(gradients[layer.bias_path])[..., 0, :]
             assert relative(ours.cotangent_mean, bias * examples / len(a)) < 1e-10
         vector = jnp.asarray(np.random.default_rng(2).normal(size=mean.shape))
-        again = kfqn.curvature_fn(loss_fn, params, x)(params, moments=[], vectors={path: vector})
+        again = measure(loss_fn, params, x, moments=[], vectors={path: vector})
         if layer.lookup:
             assert again.layers[path].input_product is None
         else:

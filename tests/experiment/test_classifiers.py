@@ -19,7 +19,13 @@ from kfqn_optax.experiment.workdir import CLASSIFIER_METRICS, read_run
 
 STILL = transformer.Sizes(symbols=5, depth=2, width=8, heads=2, dropout=0.0)
 NAMES = list(tiny.CLASSIFIERS)
-BOTH = [(name, framework) for name in NAMES for framework in ("linen", "nnx")]
+slow = pytest.mark.slow
+BOTH = [
+    pytest.param("fashion_mnist_cnn", "linen"),
+    pytest.param("char_transformer", "nnx"),
+    pytest.param("fashion_mnist_cnn", "nnx", marks=slow),
+    pytest.param("char_transformer", "linen", marks=slow),
+]
 
 
 def data_of(name):
@@ -268,14 +274,14 @@ def tiny_problems(monkeypatch):
 
 
 RUNS = [
-    ("fashion_mnist_cnn", "linen", "kbfgs", 0.3),
-    ("fashion_mnist_cnn", "nnx", "kbfgs", 0.3),
-    ("fashion_mnist_cnn", "linen", "sgdm", 0.1),
-    ("fashion_mnist_cnn", "nnx", "muon", 0.02),
-    ("char_transformer", "linen", "adam", 0.01),
-    ("char_transformer", "linen", "kfqn", 0.1),
-    ("fashion_mnist_cnn", "linen", "kfqn", 0.3),
-    ("fashion_mnist_cnn", "nnx", "kbfgs_l", 0.3),
+    pytest.param("fashion_mnist_cnn", "linen", "kbfgs", 0.3, marks=slow),
+    pytest.param("fashion_mnist_cnn", "nnx", "kbfgs", 0.3),
+    pytest.param("fashion_mnist_cnn", "linen", "sgdm", 0.1, marks=slow),
+    pytest.param("fashion_mnist_cnn", "nnx", "muon", 0.02),
+    pytest.param("char_transformer", "linen", "adam", 0.01, marks=slow),
+    pytest.param("char_transformer", "linen", "kfqn", 0.1, marks=slow),
+    pytest.param("fashion_mnist_cnn", "linen", "kfqn", 0.3),
+    pytest.param("fashion_mnist_cnn", "nnx", "kbfgs_l", 0.3, marks=slow),
 ]
 
 
