@@ -27,6 +27,8 @@ EMPTY = 0  # A holds nothing yet; the first batch will fill it
 WARM = 1  # A comes from warm_start; the first batch will not enter it
 RUNNING = 2  # A is a running average (or never stored)
 
+_NOISE = 4.0  # a change of the mean cotangent below so many times its rounding error is none
+
 
 class LayerState(NamedTuple):
     """The curvature of one layer, in the dtype of the factors.
@@ -245,7 +247,11 @@ def _learn_output(state, measured, probed, weights, step, options, damping) -> d
     raw = Pair(change, probed.cotangent_mean - measured.cotangent_mean)
     reached = (measured.rows > 0) & (probed.rows > 0)
     finite = jnp.isfinite(jnp.sum(raw.s)) & jnp.isfinite(jnp.sum(raw.y))
-    usable = reached & finite
+    # A mean of cotangents that cancel exactly (softmax does not see a shift of all keys) is noise,
+    # and so is its change; damping would make a pair of it all the same.
+    noise = _NOISE * (measured.cotangent_noise + probed.cotangent_noise)
+    drowned = finite & (pairs.dot(raw.y, raw.y) < noise**2)
+    usable = reached & finite & ~drowned
     average = Pair(
         jnp.where(usable, running_average(state.s, raw.s, options.pair_decay), state.s),
         jnp.where(usable, running_average(state.y, raw.y, options.pair_decay), state.y),
@@ -258,6 +264,7 @@ def _learn_output(state, measured, probed, weights, step, options, damping) -> d
         damped, by_powell, by_second = pairs.damp_double(average, Hy, options.powell, damping)
     status = pairs.pair_status(damped, measured.cotangent_mean, options.curvature_tolerance)
     status = jnp.where(finite, status, pairs.NOT_FINITE)
+    status = jnp.where(drowned, pairs.ROUNDING, status)
     status = jnp.where(reached, status, pairs.NOT_MEASURED)
     output, output_status = inverse.update(state.output, damped, status)
     return dict(

@@ -11,6 +11,8 @@ positions) we make
     input_product   A v         without forming A, for a given vector v
     input_mean      a = (1/(mT)) sum of a        mean over both
     cotangent_mean  g = (1/(mT)) sum of g        mean over both
+    cotangent_noise     what rounding each g may have done to that mean: where all of them cancel,
+                        as for the keys of an attention, the mean is nothing else
 
 (arXiv 2006.08877; arXiv 2102.06737 for the positions.)
 """
@@ -57,6 +59,8 @@ class LayerStatistics(NamedTuple):
         input_product: A times the vector that was given, [d_in]; None without one.
         input_mean: mean input with a trailing 1 if there is a bias, [d_in].
         cotangent_mean: mean gradient of an example's loss at the layer's output, [d_out].
+        cotangent_noise: size of the error that rounding leaves in cotangent_mean, its dtype's
+            relative rounding error times the root mean square of g over the square root of rows.
         rows: number of rows, m times T; 0 if the loss does not depend on this layer.
         examples: m.
     """
@@ -65,6 +69,7 @@ class LayerStatistics(NamedTuple):
     input_product: jax.Array | None
     input_mean: jax.Array
     cotangent_mean: jax.Array
+    cotangent_noise: jax.Array
     rows: jax.Array
     examples: jax.Array
 
@@ -93,8 +98,9 @@ def reduce(
         layer: whose sums they are.
         sums: over all rows of the batch, x the input without the constant 1 and d its length, each
             with an axis of blocks in front if the layer has blocks: ``inputs``, of x, [d];
-            ``cotangents``, of the gradient of the (mean) loss at the output, [d_out]; ``rows``,
-            their number, []; and, if wanted, ``moment``, of x x^T, [d, d] ([d], its diagonal, for
+            ``cotangents``, of the gradient of the (mean) loss at the output, [d_out];
+            ``roundings``, of the squares of its rounding errors, [d_out]; ``rows``, their number,
+            []; and, if wanted, ``moment``, of x x^T, [d, d] ([d], its diagonal, for
             a lookup), and ``product``, of x (x . v) for the vector v without its last entry, [d].
         examples: m, the number of examples.
         vector: v, [*blocks, d_in].
@@ -116,6 +122,7 @@ def reduce(
             input_product=None if product is None else product / examples,
             input_mean=inputs / some_rows,
             cotangent_mean=sums["cotangents"] * (examples / some_rows),
+            cotangent_noise=jnp.sqrt(jnp.sum(sums["roundings"])) * (examples / some_rows),
             rows=rows,
             examples=jnp.full_like(rows, examples),
         )

@@ -37,7 +37,8 @@ def tag(geometry: Any, output: jax.Array, inputs: jax.Array, entry: Entry) -> ja
         entry: zeros by field, whose "gradient" is the sum over all rows of
 
             ``moment``: x x^T, x the row without the constant 1 of the bias;
-            ``inputs``: x;  ``cotangents``: the cotangent of the output row;  ``rows``: 1;
+            ``inputs``: x;  ``cotangents``: the cotangent g of the output row;  ``rows``: 1;
+            ``roundings``: (e g)^2, e the relative rounding error of g's dtype;
             ``product``: x (x . v), for the vector v under ``vector``.
 
     Returns:
@@ -68,6 +69,7 @@ def _sums(geometry: Any, entry: Entry, inputs: jax.Array, cotangent: jax.Array) 
         "moment": lambda: geometry.moment(inputs, dtype),
         "product": lambda: geometry.product(inputs, entry[VECTOR].reshape(total.shape), dtype),
         "cotangents": lambda: jnp.sum(g, axis=0),
+        "roundings": lambda: jnp.sum((g * jnp.finfo(cotangent.dtype).eps) ** 2, axis=0),
         "rows": lambda: jnp.sum(jnp.where(first == 0, 1, 1).astype(dtype)),
         VECTOR: lambda: jnp.zeros_like(entry[VECTOR]),
     }
@@ -112,7 +114,7 @@ def measure(
     zeros, given = {}, {}
     for s in seen:
         path = s.layer.path
-        wanted = ["inputs", "cotangents", "rows"]
+        wanted = ["inputs", "cotangents", "roundings", "rows"]
         if s.layer.lookup or moments is None or path in moments:
             wanted.append("moment")
         if path in vectors and not s.layer.lookup:
@@ -149,7 +151,8 @@ def _inner_shape(seen: Seen, name: str) -> tuple[int, ...]:
     if name == "rows":
         return (1,)
     moment = (d,) if seen.layer.lookup else (d, d)
-    return (*groups, *{"moment": moment, "cotangents": (d_out,)}.get(name, (d,)))
+    shapes = {"moment": moment, "cotangents": (d_out,), "roundings": (d_out,)}
+    return (*groups, *shapes.get(name, (d,)))
 
 
 def _outer_shape(seen: Seen, inner: tuple[int, ...]) -> tuple[int, ...]:

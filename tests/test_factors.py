@@ -39,7 +39,7 @@ def statistics(seed, rows=6):
     """Statistics of a batch of 6 examples that could have been measured."""
     rng = np.random.default_rng(seed)
     a = np.hstack([rng.normal(size=(6, 3)), np.ones((6, 1))])
-    made = a.T @ a / 6, None, a.mean(axis=0), rng.normal(size=3), float(rows), 6.0
+    made = a.T @ a / 6, None, a.mean(axis=0), rng.normal(size=3), 1e-16, float(rows), 6.0
     return LayerStatistics(*jax.tree.map(jnp.asarray, made))
 
 
