@@ -250,7 +250,8 @@ def _learn_output(state, measured, probed, weights, step, options, damping) -> d
     # A mean of cotangents that cancel exactly (softmax does not see a shift of all keys) is noise,
     # and so is its change; damping would make a pair of it all the same.
     noise = _NOISE * (measured.cotangent_noise + probed.cotangent_noise)
-    drowned = finite & (pairs.dot(raw.y, raw.y) < noise**2)
+    size = pairs.dot(raw.y, raw.y)
+    drowned = (0 < size) & (size < noise**2)
     usable = reached & finite & ~drowned
     average = Pair(
         jnp.where(usable, running_average(state.s, raw.s, options.pair_decay), state.s),

@@ -38,7 +38,7 @@ def tag(geometry: Any, output: jax.Array, inputs: jax.Array, entry: Entry) -> ja
 
             ``moment``: x x^T, x the row without the constant 1 of the bias;
             ``inputs``: x;  ``cotangents``: the cotangent g of the output row;  ``rows``: 1;
-            ``roundings``: (e g)^2, e the relative rounding error of g's dtype;
+            ``roundings``: (e g)^2, e the relative rounding error of g;
             ``product``: x (x . v), for the vector v under ``vector``.
 
     Returns:
@@ -64,12 +64,13 @@ def _sums(geometry: Any, entry: Entry, inputs: jax.Array, cotangent: jax.Array) 
     # A plain constant would not be summed over an axis that vmap hides; this depends on g.
     first = g.reshape(g.shape[0], -1)[:, 0]
     total = geometry.input_sum(inputs, dtype)
+    eps = max(jnp.finfo(cotangent.dtype).eps, jnp.finfo(dtype).eps)
     sums = {
         "inputs": lambda: total,
         "moment": lambda: geometry.moment(inputs, dtype),
         "product": lambda: geometry.product(inputs, entry[VECTOR].reshape(total.shape), dtype),
         "cotangents": lambda: jnp.sum(g, axis=0),
-        "roundings": lambda: jnp.sum((g * jnp.finfo(cotangent.dtype).eps) ** 2, axis=0),
+        "roundings": lambda: jnp.sum((g * eps) ** 2, axis=0),
         "rows": lambda: jnp.sum(jnp.where(first == 0, 1, 1).astype(dtype)),
         VECTOR: lambda: jnp.zeros_like(entry[VECTOR]),
     }
