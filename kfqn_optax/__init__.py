@@ -1,7 +1,7 @@
 """Kronecker-factored quasi-Newton methods as Optax gradient transformations for Flax."""
 
 from kfqn_optax.capture import curvature_fn, find_layers
-from kfqn_optax.factors import LayerState
+from kfqn_optax.layer_state import LayerState
 from kfqn_optax.layers import Layer
 from kfqn_optax.methods import scale_by_kbfgs, scale_by_kbfgs_l, scale_by_kfqn
 from kfqn_optax.nnx import find_nnx_layers, nnx_curvature_fn

@@ -17,7 +17,6 @@ from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from flax import linen as nn
 
 from kfqn_optax import layers as layers_lib
@@ -133,21 +132,13 @@ def _discover(loss_fn: LossFn, params: Any, args: tuple, kwargs: dict) -> tuple[
 
         return jax.eval_shape(run, params, arrays)
 
-    def traces(path: str, shapes: dict[str, tuple[int, ...]]) -> bool:
-        extra = {path: {f"{name}?": jnp.zeros(shape) for name, shape in shapes.items()}}
-        try:
-            evaluate(lambda path, call, inputs, output, kernel: output, extra)
-        except Exception:  # whatever Flax or JAX says when a slice does not fit
-            return False
-        return True
-
     loss.explain(
         lambda: evaluate(discovery.see, {}),
         loss_fn,
         plain=lambda: jax.eval_shape(call, params, arrays),
         needs=f"an extra entry {ENTRY!r} next to each kernel",
     )
-    return discovery.result(traces)
+    return discovery.result(evaluate)
 
 
 # --- measuring: one pass forward and backward ---------------------------------------------------
@@ -213,7 +204,7 @@ def _interceptor(see: Callable[..., jax.Array]) -> Callable:
             "params", ENTRY
         ):
             return output
-        call, inputs = linen_kinds.describe(module, method, args, kwargs, output)
+        call, inputs = linen_kinds.describe(module, method, args, kwargs)
         if call is None or any(issubclass(t, (nn.WeightNorm, nn.SpectralNorm)) for t in inside):
             return see(module, None, inputs, output, None)
         kernel = nn.meta.unbox(module.get_variable("params", call.kernel_name))

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from kfqn_optax import inverse
 from kfqn_optax import layers as layers_lib
-from kfqn_optax.factors import LayerState
+from kfqn_optax.layer_state import LayerState
 from kfqn_optax.layers import Layer
 from kfqn_optax.statistics import Statistics
 

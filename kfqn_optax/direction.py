@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 
 from kfqn_optax import inverse, layers
-from kfqn_optax.factors import LayerState
 from kfqn_optax.inverse import Factor
+from kfqn_optax.layer_state import LayerState
 from kfqn_optax.layers import Layer
 from kfqn_optax.options import Number
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from kfqn_optax import layers as layers_lib
 from kfqn_optax.calls import Call
@@ -79,28 +80,37 @@ class Discovery:
             return _watch_vmap(met.vmapped, output, kernel)
         return output
 
-    def result(self, traces: Callable[[str, dict[str, tuple[int, ...]]], bool]) -> tuple[Seen, ...]:
+    def result(self, evaluate: Callable[[Callable, dict[str, dict]], Any]) -> tuple[Seen, ...]:
         """The layers in the order of the tree.
 
         Args:
-            traces: whether the loss can be evaluated with more arrays next to a kernel, given the
-                layer's path and the arrays' shapes; asked where the place of a stack's axis cannot
-                be told from shapes.
+            evaluate: ``evaluate(see, extra)`` evaluates the loss again, with more arrays by name
+                next to the kernels of some layers, given by path, and raises if it cannot; needed
+                where the place of a stack's axis cannot be told from shapes.
         """
         return tuple(
-            self._settle(path, self._met[path], traces)
+            self._settle(path, self._met[path], evaluate)
             for path in self._parameters
             if path in self._met and path not in self._refused
         )
 
-    def _settle(self, path: str, met: _Met, traces: Callable) -> Seen:
+    def _settle(self, path: str, met: _Met, evaluate: Callable) -> Seen:
         outer, call = self._parameters[path], met.call
         kernel, bias = outer[call.kernel_name], outer.get(call.bias_name)
         inner = {call.kernel_name: call.kernel.shape}
         shapes = {call.kernel_name: kernel.shape}
         if call.bias is not None and bias is not None:
             inner[call.bias_name], shapes[call.bias_name] = call.bias.shape, bias.shape
-        axes = _stack_axes(inner, shapes, lambda dummies: traces(path, dummies))
+
+        def traces(dummies: dict[str, tuple[int, ...]]) -> bool:
+            zeros = {name: jnp.zeros(shape) for name, shape in dummies.items()}
+            try:
+                evaluate(lambda path, call, inputs, output, kernel: output, {path: zeros})
+            except Exception:  # whatever Flax or JAX says when a slice does not fit
+                return False
+            return True
+
+        axes = _stack_axes(inner, shapes, traces)
         stack = axes[call.kernel_name]
 
         def view(name: str, of_one: MatrixView) -> MatrixView:
@@ -134,7 +144,7 @@ def _stack_axes(
     Args:
         inner: shapes inside the layer, by name.
         outer: shapes in the tree; longer where layers are stacked.
-        traces: as in `Discovery.result`, for this layer.
+        traces: whether the loss can be evaluated with arrays of these shapes next to the kernel.
     """
     names = list(inner)
     choices = list(itertools.product(*(_insertions(inner[n], outer[n]) for n in names)))

@@ -34,7 +34,7 @@ def is_layer_call(module: nn.Module, method: Callable) -> bool:
 
 
 def describe(
-    module: nn.Module, method: Callable, args: tuple, kwargs: dict[str, Any], output: jax.Array
+    module: nn.Module, method: Callable, args: tuple, kwargs: dict[str, Any]
 ) -> tuple[Call | None, jax.Array]:
     """What a call for which `is_layer_call` holds is, and what the layer was given.
 
@@ -43,12 +43,10 @@ def describe(
         method: ``context.orig_method``.
         args: of the call.
         kwargs: of the call, by name.
-        output: of the call.
 
     Returns:
         The `Call`, None if it cannot be read as a matrix times rows, and the input.
     """
-    del output
     read = _reader(module, method)
     assert read is not None, method
     arguments = inspect.signature(method).bind(*args, **kwargs).arguments

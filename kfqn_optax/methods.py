@@ -21,7 +21,7 @@ def scale_by_kbfgs(
     powell: Number = 0.2,
     curvature_tolerance: Number = 1e-4,
     norm_constraint: Number | None = None,
-    max_factor_dim: Number = 8192,
+    max_factor_dim: Number | None = None,
     layers: Iterable[Layer] | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Preconditions the updates of layers by their two K-BFGS factors.
@@ -61,7 +61,8 @@ def scale_by_kbfgs(
         norm_constraint: the most that the squared length of the step in the metric of the factors
             may be, above 0. None, the default, is K-BFGS as published.
         max_factor_dim: a side of a layer longer than this keeps no matrix but `lbfgs` pairs, 100 of
-            them; its second moment is then never formed. A whole number of at least 1.
+            them; its second moment is then never formed. A whole number of at least 1; None for
+            8192.
         layers: which layers, from `find_layers`; by default every ``kernel`` with two axes.
 
     Returns:
@@ -98,7 +99,7 @@ def scale_by_kbfgs_l(
     powell: Number = 0.2,
     curvature_tolerance: Number = 1e-4,
     norm_constraint: Number | None = None,
-    max_factor_dim: Number = 8192,
+    max_factor_dim: Number | None = None,
     layers: Iterable[Layer] | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """`scale_by_kbfgs` with limited memory on the output side: K-BFGS(L).
@@ -121,7 +122,7 @@ def scale_by_kbfgs_l(
         curvature_tolerance: see above; at least 0.
         norm_constraint: limit of the step's squared length in the metric of the factors, above 0;
             None for no limit. See `scale_by_kbfgs`.
-        max_factor_dim: an input side longer than this keeps 100 pairs too.
+        max_factor_dim: an input side longer than this (None: 8192) keeps 100 pairs too.
         layers: which layers, from `find_layers`; by default every ``kernel`` with two axes.
 
     Returns:
@@ -155,7 +156,7 @@ def scale_by_kfqn(
     norm_constraint: Number | None = None,
     input_memory: Number | None = None,
     output_memory: Number | None = None,
-    max_factor_dim: Number = 8192,
+    max_factor_dim: Number | None = None,
     layers: Iterable[Layer] | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Preconditions the updates of layers by their two KF-QN factors (the later paper's variant).
@@ -182,7 +183,7 @@ def scale_by_kfqn(
         input_memory: pairs kept for a limited-memory input factor (from the identity); None for a
             dense one.
         output_memory: the same for the output factor.
-        max_factor_dim: a dense side longer than this keeps 100 pairs instead.
+        max_factor_dim: a dense side longer than this (None: 8192) keeps 100 pairs instead.
         layers: which layers, from `find_layers`; by default every ``kernel`` with two axes.
 
     Returns:

@@ -15,7 +15,6 @@ from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 
 from kfqn_optax import loss, nnx_kinds
@@ -147,7 +146,7 @@ def _discover(loss_fn: LossFn, model: nnx.Module, args: tuple, kwargs: dict) -> 
     rebuild, state = open_model(model)
     call, arrays, _ = loss.split_arrays(loss_fn, args, kwargs)
 
-    def evaluate(see: Callable, extra: Mapping[str, list[jax.Array]]) -> Any:
+    def evaluate(see: Callable, extra: Mapping[str, Mapping[str, jax.Array]]) -> Any:
         number = next(_discoveries)
 
         def run(state: Any, arrays: list) -> jax.Array:
@@ -155,8 +154,8 @@ def _discover(loss_fn: LossFn, model: nnx.Module, args: tuple, kwargs: dict) -> 
             for path, layer in _layers(copy).items():
                 # Static, so that the graph is new to every inner jit.
                 setattr(layer, _DISCOVERY, (number, path))
-                for i, array in enumerate(extra.get(path, ())):
-                    setattr(layer, f"{_PREFIX}{i}", SumsParam(array))
+                for name, array in extra.get(path, {}).items():
+                    setattr(layer, _PREFIX + name, SumsParam(array))
                 layer.__class__ = _tagging(type(layer))
             return loss.scalar(loss_fn, call(copy, arrays))
 
@@ -166,18 +165,8 @@ def _discover(loss_fn: LossFn, model: nnx.Module, args: tuple, kwargs: dict) -> 
         finally:
             del _open[number]
 
-    def traces(path: str, shapes: dict[str, tuple[int, ...]]) -> bool:
-        try:
-            evaluate(
-                lambda path, call, inputs, output, kernel: output,
-                {path: [jnp.zeros(shape) for shape in shapes.values()]},
-            )
-        except Exception:  # whatever Flax or JAX says when a slice does not fit
-            return False
-        return True
-
     loss.explain(lambda: evaluate(discovery.see, {}), loss_fn)
-    return discovery.result(traces)
+    return discovery.result(evaluate)
 
 
 def _layers(model: nnx.Module) -> dict[str, nnx.Module]:
@@ -215,7 +204,7 @@ def _tagging(kind: type[nnx.Module]) -> type[nnx.Module]:
             inputs, *rest = args or (kwargs.pop(first),)
             output = original(self, inputs, *rest, **kwargs)
             own = _parameters_of(self)
-            call = nnx_kinds.describe(self, method, inputs, tuple(rest), kwargs, output)
+            call = nnx_kinds.describe(self, method, inputs, tuple(rest), kwargs)
             if hasattr(self, _DISCOVERY):
                 number, path = getattr(self, _DISCOVERY)
                 kernel = own[call.kernel_name] if call else None

@@ -41,7 +41,6 @@ def describe(
     inputs: jax.Array,
     args: tuple,
     kwargs: dict[str, Any],
-    output: jax.Array,
 ) -> Call | None:
     """What a call of a layer is.
 
@@ -51,12 +50,10 @@ def describe(
         inputs: what it was given.
         args: the arguments after the inputs.
         kwargs: arguments by name.
-        output: what it returned.
 
     Returns:
         The `Call`; None if it cannot be read as a matrix times rows.
     """
-    del output
     (read,) = (
         readers[method]
         for flax_class, readers in _READERS.items()

@@ -39,7 +39,7 @@ def kbfgs(
     powell: Number = 0.2,
     curvature_tolerance: Number = 1e-4,
     norm_constraint: Number | None = None,
-    max_factor_dim: Number = 8192,
+    max_factor_dim: Number | None = None,
     layers: Iterable[Layer] | None = None,
     fallback: optax.GradientTransformation | None = None,
 ) -> optax.GradientTransformationExtraArgs:
@@ -63,7 +63,8 @@ def kbfgs(
         norm_constraint: the most that the squared length of the step in the metric of the factors
             may be, above 0, in units of the loss (see `scale_by_kbfgs`). None, the default, is
             K-BFGS as published.
-        max_factor_dim: a side of a layer longer than this keeps 100 pairs instead of a matrix.
+        max_factor_dim: a side of a layer longer than this (None: 8192) keeps 100 pairs instead of
+            a matrix.
         layers: which layers, from `find_layers`. By default every ``kernel`` with two axes in the
             parameters is a dense layer; a kernel with more axes is then an error.
         fallback: what updates all other parameters; ``optax.adam(learning_rate)`` by default.
@@ -129,7 +130,7 @@ def kbfgs_l(
     powell: Number = 0.2,
     curvature_tolerance: Number = 1e-4,
     norm_constraint: Number | None = None,
-    max_factor_dim: Number = 8192,
+    max_factor_dim: Number | None = None,
     layers: Iterable[Layer] | None = None,
     fallback: optax.GradientTransformation | None = None,
 ) -> optax.GradientTransformationExtraArgs:
@@ -148,7 +149,7 @@ def kbfgs_l(
         powell: mu_1 of Powell's damping, in (0, 1).
         curvature_tolerance: a pair is stored if ``s.y > tolerance |s|^2 |v|``; at least 0.
         norm_constraint: as in `kbfgs`.
-        max_factor_dim: an input side longer than this keeps 100 pairs too.
+        max_factor_dim: an input side longer than this (None: 8192) keeps 100 pairs too.
         layers: which layers, from `find_layers`; by default every ``kernel`` with two axes.
         fallback: what updates all other parameters; ``optax.adam(learning_rate)`` by default.
 
@@ -186,7 +187,7 @@ def kfqn(
     norm_constraint: Number | None = None,
     input_memory: Number | None = None,
     output_memory: Number | None = None,
-    max_factor_dim: Number = 8192,
+    max_factor_dim: Number | None = None,
     layers: Iterable[Layer] | None = None,
     fallback: optax.GradientTransformation | None = None,
 ) -> optax.GradientTransformationExtraArgs:
@@ -204,7 +205,7 @@ def kfqn(
         norm_constraint: as in `kbfgs`.
         input_memory: pairs kept for a limited-memory input factor; None for a dense one.
         output_memory: the same for the output factor.
-        max_factor_dim: a dense side longer than this keeps 100 pairs instead.
+        max_factor_dim: a dense side longer than this (None: 8192) keeps 100 pairs instead.
         layers: which layers, from `find_layers`; by default every ``kernel`` with two axes.
         fallback: what updates all other parameters; ``optax.adam(learning_rate)`` by default.
 

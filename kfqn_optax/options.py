@@ -18,6 +18,7 @@ import numpy as np
 Number = float | int | np.ndarray | jax.Array
 ScalarOrSchedule = Number | Callable[[jax.Array], Number]
 SPLITS = ("sqrt", "sqrt_t")
+MAX_FACTOR_DIM = 8192
 LARGE_MEMORY = 100  # pairs kept for a side longer than max_factor_dim
 
 
@@ -41,7 +42,9 @@ class Options:
             may be, above 0; None for no limit. Not in the paper; see `scale_by_kbfgs`.
         input_memory: pairs kept for a limited-memory input factor; None for a dense one.
         output_memory: the same for the output factor (K-BFGS(L): p).
-        max_factor_dim: a side longer than this is never dense; it keeps `LARGE_MEMORY` pairs.
+        max_factor_dim: a side longer than this is never dense; it keeps `LARGE_MEMORY` pairs. None
+            for `MAX_FACTOR_DIM`; not a number by default, since ``optax.inject_hyperparams`` makes
+            an array of every number, a traced one in a jitted ``init``.
         matrix_free: whether A is never stored, and its product with a vector comes from the
             current examples (arXiv 2102.06737).
         shift: whether the second damping of the output pair is ``y + lambda_G s``, always
@@ -60,7 +63,7 @@ class Options:
     norm_constraint: Number | None = None
     input_memory: Number | None = None
     output_memory: Number | None = None
-    max_factor_dim: Number = 8192
+    max_factor_dim: Number | None = None
     matrix_free: bool = False
     shift: bool = False
     split: str = "sqrt"

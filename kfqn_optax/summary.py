@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from kfqn_optax import inverse
-from kfqn_optax.factors import LayerState
+from kfqn_optax.layer_state import LayerState
 from kfqn_optax.layers import Layer, join, named_leaves, path_name
 from kfqn_optax.optimizer import FALLBACK, MomentumState
 from kfqn_optax.transform import ScaleByKBFGSState

@@ -12,11 +12,11 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from kfqn_optax import checks, factors
+from kfqn_optax import checks, factors, layer_state
 from kfqn_optax import layers as layers_lib
 from kfqn_optax.checks import MISSING
 from kfqn_optax.direction import constrain, precondition
-from kfqn_optax.factors import LayerState
+from kfqn_optax.layer_state import LayerState
 from kfqn_optax.layers import Layer, named_leaves
 from kfqn_optax.options import Options, value_at
 from kfqn_optax.statistics import Statistics
@@ -55,7 +55,7 @@ def quasi_newton(
         return ScaleByKBFGSState(
             count=jnp.zeros((), jnp.int32),
             layers={
-                layer.path: factors.init(
+                layer.path: layer_state.init(
                     layer, layers_lib.factor_dtype(leaves[layer.kernel_path].dtype), options
                 )
                 for layer in present
@@ -228,7 +228,7 @@ def _placeholder_state(given: tuple[Layer, ...] | None, options: Options) -> Any
     """
 
     def init() -> dict[str, LayerState]:
-        return {layer.path: factors.init(layer, jnp.float32, options) for layer in given or ()}
+        return {layer.path: layer_state.init(layer, jnp.float32, options) for layer in given or ()}
 
     count = jax.ShapeDtypeStruct((), jnp.int32)
     return ScaleByKBFGSState(

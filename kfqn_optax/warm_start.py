@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from kfqn_optax import factors, nnx
+from kfqn_optax import layer_state, nnx
 from kfqn_optax.capture import curvature_fn
 from kfqn_optax.layers import some
 from kfqn_optax.lbfgs import Memory
@@ -80,8 +80,8 @@ def _warmed(state: ScaleByKBFGSState, averages: dict[str, Any]) -> ScaleByKBFGSS
     warmed = ScaleByKBFGSState(
         count=plain.count,
         layers={
-            path: factors.warm(layer_state, *averages[path])
-            for path, layer_state in plain.layers.items()
+            path: layer_state.warm(of_layer, *averages[path])
+            for path, of_layer in plain.layers.items()
         },
     )
     return jax.tree.unflatten(jax.tree.structure(state), jax.tree.leaves(warmed))

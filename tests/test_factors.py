@@ -10,8 +10,8 @@ import pytest
 import reference
 from models import relative
 
-from kfqn_optax import factors, pairs
-from kfqn_optax.factors import EMPTY, RUNNING, WARM, LayerState
+from kfqn_optax import factors, layer_state, pairs
+from kfqn_optax.layer_state import EMPTY, RUNNING, WARM, LayerState
 from kfqn_optax.layers import dense
 from kfqn_optax.options import Options
 from kfqn_optax.statistics import LayerStatistics
@@ -47,7 +47,7 @@ def running(seed=7):
     """A state in the middle of a run."""
     rng = np.random.default_rng(seed)
     root_a, root_g = rng.normal(size=(4, 4)), rng.normal(size=(3, 3))
-    return factors.init(LAYER, jnp.float64, OPTIONS)._replace(
+    return layer_state.init(LAYER, jnp.float64, OPTIONS)._replace(
         input=jnp.asarray(root_a @ root_a.T + np.eye(4)),
         output=jnp.asarray(root_g @ root_g.T + np.eye(3)),
         input_moment=statistics(8).input_moment,
@@ -68,7 +68,7 @@ def same(actual, expected, *fields):
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
 def test_init(dtype):
-    state = factors.init(LAYER, dtype, OPTIONS)
+    state = layer_state.init(LAYER, dtype, OPTIONS)
     np.testing.assert_array_equal(state.input, np.eye(4))
     np.testing.assert_array_equal(state.output, np.eye(3))
     assert [leaf.shape for leaf in state[2:5]] == [(4, 4), (3,), (3,)]
@@ -79,7 +79,11 @@ def test_init(dtype):
 
 
 def test_begin_without_a_warm_start_takes_the_first_batch():
-    state, first, second = factors.init(LAYER, jnp.float64, OPTIONS), statistics(0), statistics(1)
+    state, first, second = (
+        layer_state.init(LAYER, jnp.float64, OPTIONS),
+        statistics(0),
+        statistics(1),
+    )
     begun = begin(state, first)
     same(begun, first, "input_moment")
     assert int(begun.stage) == RUNNING
@@ -93,7 +97,7 @@ def test_begin_without_a_warm_start_takes_the_first_batch():
 
 def test_begin_after_a_warm_start_leaves_the_first_batch_out():
     moment = statistics(5).input_moment
-    warm = factors.warm(running(), moment, jnp.ones(()))
+    warm = layer_state.warm(running(), moment, jnp.ones(()))
     assert int(warm.stage) == WARM
     same(warm, running(), "input", "output", "s", "y", "input_status")
     for measured in [None, statistics(0, rows=0), statistics(0)]:
@@ -107,13 +111,13 @@ def test_begin_after_a_warm_start_leaves_the_first_batch_out():
 
 
 def test_warm_keeps_the_states_dtype():
-    state = factors.init(LAYER, jnp.float32, OPTIONS)
-    warm = factors.warm(state, statistics(0).input_moment, jnp.ones(()))
+    state = layer_state.init(LAYER, jnp.float32, OPTIONS)
+    warm = layer_state.warm(state, statistics(0).input_moment, jnp.ones(()))
     for before, after in zip(state, warm, strict=True):
         assert (before.dtype, before.shape) == (after.dtype, after.shape)
 
 
-@pytest.mark.parametrize("start", [factors.init(LAYER, jnp.float64, OPTIONS), running()])
+@pytest.mark.parametrize("start", [layer_state.init(LAYER, jnp.float64, OPTIONS), running()])
 def test_a_batch_that_does_not_reach_the_layer_or_is_not_finite_begins_nothing(start):
     poisoned = statistics(0)._replace(input_moment=jnp.full((4, 4), jnp.nan))
     for measured in [statistics(0, rows=0), poisoned, None]:
@@ -151,7 +155,7 @@ def test_the_change_of_a_large_mean_is_not_lost_in_float32():
     a = statistics(0)._replace(input_mean=jnp.array([3e3, 5e3, 7e3, 1.0]))
     to32 = functools.partial(jax.tree.map, lambda v: v.astype(jnp.float32))
     weights, step = np.random.default_rng(0).normal(size=(2, 4, 3))
-    state = to32(factors.init(LAYER, jnp.float64, OPTIONS))
+    state = to32(layer_state.init(LAYER, jnp.float64, OPTIONS))
     step = np.float32(1e-6 * step)
     probed = a._replace(cotangent_mean=statistics(1).cotangent_mean)
     new = learn(state, to32(a), to32(probed), np.float32(weights), step, OPTIONS)

@@ -120,7 +120,7 @@ def watched(model, params, x, loss_fn):
         output = next_fun(*args, **kwargs)
         module = context.module
         if linen_kinds.is_layer_call(module, context.orig_method):
-            call, inputs = linen_kinds.describe(module, context.orig_method, args, kwargs, output)
+            call, inputs = linen_kinds.describe(module, context.orig_method, args, kwargs)
             path = "/".join(("params", *module.path))
             met.setdefault(path, []).append((call, inputs, output))
         return output

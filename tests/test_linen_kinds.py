@@ -58,9 +58,7 @@ def watch(module, *args, **kwargs):
     def intercept(next_fun, args, kwargs, context):
         output = next_fun(*args, **kwargs)
         if linen_kinds.is_layer_call(context.module, context.orig_method):
-            call, inputs = linen_kinds.describe(
-                context.module, context.orig_method, args, kwargs, output
-            )
+            call, inputs = linen_kinds.describe(context.module, context.orig_method, args, kwargs)
             parameters = nn.meta.unbox(context.module.variables["params"])
             seen.append((call, inputs, output, parameters))
         return output

@@ -194,11 +194,13 @@ def test_warm_start_then_a_step_without_curvature(method):
     assert relative(layers_of(again)["params/Dense_0"].input, expected) < 1e-10
 
 
-@pytest.mark.parametrize("make", [kfqn.kbfgs_l, kfqn.kfqn])
-def test_inject_hyperparams(make):
+@pytest.mark.parametrize(
+    ("make", "static"), [(kfqn.kbfgs, ()), (kfqn.kbfgs_l, "memory_size"), (kfqn.kfqn, ())]
+)
+def test_inject_hyperparams(make, static):
     loss_fn, params, x, targets = problem()
-    plain, injected = make(LR), optax.inject_hyperparams(make)(learning_rate=LR)
-    states = [tx.init(params) for tx in (plain, injected)]
+    plain, injected = make(LR), optax.inject_hyperparams(make, static)(learning_rate=LR)
+    states = [jax.jit(tx.init)(params) for tx in (plain, injected)]
     updates = []
     for tx, state in zip((plain, injected), states, strict=True):
         _, _, made = step_of(tx, loss_fn)(params, state, x, targets)

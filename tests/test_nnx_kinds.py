@@ -45,7 +45,7 @@ def parameters(layer):
 def describe(layer, x, *args, method="__call__", **kwargs):
     """Runs a layer: the `Call`, the input, the output, the parameters."""
     output = getattr(layer, method)(x, *args, **kwargs)
-    call = nnx_kinds.describe(layer, method, x, args, kwargs, output)
+    call = nnx_kinds.describe(layer, method, x, args, kwargs)
     return call, x, output, parameters(layer)
 
 

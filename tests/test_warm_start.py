@@ -8,7 +8,7 @@ import pytest
 from models import problem, relative
 
 import kfqn_optax as kfqn
-from kfqn_optax.factors import RUNNING, WARM
+from kfqn_optax.layer_state import RUNNING, WARM
 
 D0, D1 = "params/Dense_0", "params/Dense_1"
 
