@@ -18,6 +18,7 @@ kernel's `MatrixView`, for a convolution (window..., channels).
 `dtype` is float32 or float64; arrays are cast to it before anything is summed.
 """
 
+import abc
 import dataclasses
 import math
 from typing import Any
@@ -29,23 +30,23 @@ from jax import lax
 _HIGHEST = lax.Precision.HIGHEST
 
 
-class Geometry:
+class Geometry(abc.ABC):
     """One way to walk over an input; hashable, so it may be a static argument.
 
     Subclasses say what the rows are. The sums here go through the rows.
     """
 
+    @abc.abstractmethod
     def examples(self, inputs: jax.Array) -> int:
         """Length of the first axis that counts rows; 1 if the input is a single row."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def input_rows(self, inputs: jax.Array, dtype: Any) -> jax.Array:
         """The input as rows, [N, d] or [N, G, d]."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def output_rows(self, outputs: jax.Array, dtype: Any) -> jax.Array:
         """The output, or its gradient, as rows, [N, d_out] or [N, G, d_out]."""
-        raise NotImplementedError
 
     def input_sum(self, inputs: jax.Array, dtype: Any) -> jax.Array:
         """Sum of the input rows x, [d] or [G, d]."""

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict, config_dict
 
-from kfqn_optax.experiment.optimizers import OPTIMIZERS, Config
+from kfqn_optax.experiment.optimizers import KINDS, OPTIMIZERS, Config, kinds_left
 from kfqn_optax.experiment.problems import PROBLEMS
 
 
@@ -75,6 +75,12 @@ KEYS = {
     "learning_rate": _positive(0.3, "step size; 0.3 suits kbfgs, adam wants about 0.001"),
     "fallback_learning_rate": _positive(
         0.001, "step size of Adam where kbfgs, kbfgs_l, kfqn and muon do not apply"
+    ),
+    "fallback_kinds": Key(
+        "",
+        "kbfgs, kbfgs_l, kfqn: kinds of layers left to the fallback: embed,dense general",
+        "kinds of layers with commas between them, of " + ", ".join(KINDS),
+        lambda value: set(kinds_left(value)) <= set(KINDS),
     ),
     "damping": _positive(0.3, "kbfgs, kbfgs_l, kfqn: lambda of the paper"),
     "momentum": _decay(

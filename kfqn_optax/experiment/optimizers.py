@@ -33,6 +33,12 @@ class Optimizer(NamedTuple):
 
 
 Layers = tuple[kfqn.Layer, ...] | None
+KINDS = ("attend", "conv", "dense", "dense general", "einsum", "embed")
+
+
+def kinds_left(names: str) -> tuple[str, ...]:
+    """The kinds of layers that ``config.fallback_kinds`` names, with commas between them."""
+    return tuple(name.strip() for name in names.split(",") if name.strip())
 
 
 def _kbfgs(config: Config, layers: Layers) -> Optimizer:
@@ -143,8 +149,11 @@ def make_optimizer(config: Config, find_layers: Callable[[], Layers] = lambda: N
     Args:
         config: the config.
         find_layers: gives the layers of the problem; called if the optimizer wants to know. None,
-            what it gives if left out, means those that the parameters' names show.
+            what it gives if left out, means those that the parameters' names show, all of them.
     """
     if config.optimizer in _BASELINES:
         return Optimizer(_decayed(config, _BASELINES[config.optimizer](config)))
-    return _WITH_CURVATURE[config.optimizer](config, find_layers())
+    left, layers = kinds_left(config.fallback_kinds), find_layers()
+    if left and layers is not None:
+        layers = tuple(layer for layer in layers if layer.kind not in left)
+    return _WITH_CURVATURE[config.optimizer](config, layers)

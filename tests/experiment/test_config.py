@@ -74,6 +74,7 @@ def test_missing_key():
         ("framework", "torch", "one of linen, nnx"),
         ("split", "even", "one of sqrt_t, sqrt"),
         ("fallback_learning_rate", 0.0, "above 0"),
+        ("fallback_kinds", "embed, attention", "of attend, conv, dense, dense general"),
         ("memory_size", 0, "at least 1"),
         ("dropout", 1.0, "below 1"),
         ("learning_rate", 0.0, "above 0"),

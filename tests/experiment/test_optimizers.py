@@ -8,6 +8,7 @@ import tiny
 from optax.contrib import MuonDimensionNumbers
 
 from kfqn_optax.experiment import optimizers
+from kfqn_optax.experiment.steps import take
 
 W, G, TAU, LR = 0.5, 2.0, 0.1, 0.01
 DECAYED = G + TAU * W  # 2.05
@@ -84,6 +85,19 @@ def test_kbfgs_and_its_kin_get_every_number(monkeypatch, name):
     expected = NUMBERS | OWN[name] | {"fallback": None}
     assert limited == expected | {"layers": ("the layers",)}
     assert unlimited == expected | {"layers": None, "norm_constraint": None}
+
+
+def test_layers_left_to_the_fallback(monkeypatch):
+    calls = []
+    monkeypatch.setattr(optimizers.kfqn, "kbfgs", lambda **k: calls.append(k))
+    problem = tiny.CLASSIFIERS["char_transformer"]["linen"](None)
+    params, model_state = problem.init(0)
+    batch = take(tiny.characters().train, slice(2))
+    found = problem.layers(params, batch, model_state)
+    config = tiny.config(fallback_kinds="embed, dense general")
+    optimizers.make_optimizer(config, lambda: found)
+    kept = {layer.path.removeprefix("params/") for layer in calls[0]["layers"]}
+    assert kept == {"blocks_0/mlp_in", "blocks_0/mlp_out", "head"}
 
 
 def test_fallback_is_adam_with_its_own_learning_rate(monkeypatch):

@@ -111,10 +111,6 @@ class AutoencoderProblem(LinenProblem):
         """See `Problem`."""
         return self.errors(params, batch)[0].mean(), model_state
 
-    def layers(self, params: Params, batch: jax.Array, model_state: ModelState) -> None:
-        """Returns None: every kernel is a dense layer's."""
-        del params, batch, model_state
-
     def misfit(self, batch: jax.Array) -> str:
         """See `Problem`."""
         pixels = batch.shape[1]

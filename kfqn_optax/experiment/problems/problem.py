@@ -9,6 +9,7 @@ return is dropped.
 A batch is a pytree of arrays with the examples along the first axis of each.
 """
 
+import abc
 from collections.abc import Callable, Iterable
 from typing import Any, ClassVar, Protocol
 
@@ -65,8 +66,8 @@ class Problem(Protocol):
 
     def layers(
         self, params: Params, batch: Batch, model_state: ModelState
-    ) -> tuple[kfqn.Layer, ...] | None:
-        """Returns what K-BFGS can precondition; None: what the parameters' names show."""
+    ) -> tuple[kfqn.Layer, ...]:
+        """Returns what K-BFGS can precondition."""
         ...
 
     def warm_start(
@@ -80,14 +81,14 @@ class Problem(Protocol):
         ...
 
 
-class LinenProblem:
+class LinenProblem(abc.ABC):
     """What curvature takes from a linen problem: its loss, and arguments as for the gradient."""
 
+    @abc.abstractmethod
     def loss(
         self, params: Params, batch: Batch, model_state: ModelState
     ) -> tuple[jax.Array, ModelState]:
         """See `Problem`."""
-        raise NotImplementedError
 
     def curvature_fn(
         self, params: Params, batch: Batch, model_state: ModelState
@@ -97,7 +98,7 @@ class LinenProblem:
 
     def layers(
         self, params: Params, batch: Batch, model_state: ModelState
-    ) -> tuple[kfqn.Layer, ...] | None:
+    ) -> tuple[kfqn.Layer, ...]:
         """See `Problem`."""
         return kfqn.find_layers(self.loss, params, batch, model_state)
 
