@@ -1,20 +1,23 @@
 """All methods on the CNN and on the transformer, each tuned on the same budget of steps.
 
-    python benchmarks/methods.py --config configs/char_transformer.py --steps 64
+    python benchmarks/methods.py --config configs/char_transformer.py --steps 160
         [--methods kbfgs adam ...] [--config.key=value ...]
+    python benchmarks/methods.py --config configs/char_transformer.py --time
     python benchmarks/methods.py --draw
 
-The budget is a number of steps on the config's problem. Each method runs once for every setting of
-its grid below; one compiled step serves all settings of a method. Results are written run by run to
-``benchmarks/results/methods_PROBLEM.json``, and what is there is not run again. Seconds count steps
-alone (and the warm start), not compilation or evaluation. ``--draw`` writes the figures and prints
-the tables from the committed results.
+The budget is a number of steps on the config's problem, without warm start. Each method runs once
+for every learning rate of its grid below; one compiled step serves them all. Results are written
+run by run to ``benchmarks/results/methods_PROBLEM.json``, and what is there is not run again.
+``--time`` lets a step of each method take turns in one process and keeps the medians, so that a
+busy machine hits all alike; seconds in figure and table are these times the number of steps.
+``--draw`` writes the figures and prints the tables from the committed results.
 """
 
 import argparse
 import itertools
 import json
 import math
+import statistics
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -36,15 +39,17 @@ from kfqn_optax.experiment.steps import (
     make_evaluate,
     make_step,
     take,
-    warm_start,
 )
 from kfqn_optax.experiment.train import load_dataset
 
 RESULTS = Path(__file__).parent / "results"
-SECOND_ORDER = {"learning_rate": [3.0, 10.0, 30.0, 100.0], "damping": [0.3]}
+SECOND_ORDER = {
+    "char_transformer": [30.0, 100.0, 300.0, 1000.0],
+    "fashion_mnist_cnn": [1.0, 3.0, 10.0, 30.0],
+}
 GRIDS = {
-    "adam": {"learning_rate": [3e-4, 1e-3, 3e-3, 1e-2]},
-    "muon": {"learning_rate": [3e-3, 1e-2, 3e-2, 1e-1]},
+    "adam": [3e-4, 1e-3, 3e-3, 1e-2],
+    "muon": [3e-3, 1e-2, 3e-2, 1e-1],
     "kbfgs": SECOND_ORDER,
     "kbfgs_l": SECOND_ORDER,
     "kfqn": SECOND_ORDER,
@@ -60,11 +65,10 @@ EVALUATED = 256  # examples of the train and the test set in each evaluation
 POINTS = 8  # of a curve
 
 
-def settings_of(method):
-    """The settings of a method's grid, as dictionaries."""
-    names = list(GRIDS[method])
-    for values in itertools.product(*GRIDS[method].values()):
-        yield dict(zip(names, values, strict=True))
+def grid(method, problem):
+    """The learning rates to try."""
+    rates = GRIDS[method]
+    return rates[problem] if isinstance(rates, dict) else rates
 
 
 class Trial:
@@ -87,56 +91,50 @@ class Trial:
         params, model_state = problem.init(config.seed)
         self.layers = problem.layers(params, take(self.examples, slice(2)), model_state)
 
-    def optimizer(self, **numbers):
-        config = SimpleNamespace(**{**vars(self.config), **numbers})
+    def optimizer(self, learning_rate):
+        config = SimpleNamespace(**{**vars(self.config), "learning_rate": learning_rate})
         return make_optimizer(config, lambda: self.layers)
 
-    def _step(self, state, examples, indices, numbers):
-        optimizer = self.optimizer(**numbers)
+    def _step(self, state, examples, indices, learning_rate):
+        optimizer = self.optimizer(learning_rate)
         step = make_step(self.problem, optimizer, self.config.curvature_examples)
         return step(state, examples, indices)
 
-    def start(self, settings):
+    def start(self, learning_rate):
+        """The state before the first step; compiles the step if that is not done."""
         params, model_state = self.problem.init(self.config.seed)
-        optimizer = self.optimizer(**settings)
-        opt_state, seconds = optimizer.transformation.init(params), 0.0
-        if optimizer.warm_starts and self.config.warm_start:
-            opt_state, seconds, _ = warm_start(
-                opt_state, self.problem, params, self.examples, self.config.batch_size, model_state
-            )
-        size = sum(leaf.nbytes for leaf in jax.tree.leaves(opt_state))
-        return TrainState(params, opt_state, model_state), seconds, size
-
-    def run(self, settings, steps):
-        """One run: a dictionary for the results."""
-        state, seconds, size = self.start(settings)
-        numbers = {name: np.float32(value) for name, value in settings.items()}
-        curve, taken = [self._point(0, 0.0, state)], 0
-        batches = self._batches()
+        opt_state = self.optimizer(learning_rate).transformation.init(params)
+        state = TrainState(params, opt_state, model_state)
         if self.compiled is None:
-            arguments = state, self.examples, next(self._batches()), numbers
-            self.compiled = self.step.lower(*arguments).compile()
-        while taken < steps:
             begin = time.perf_counter()
-            for _ in range(steps // POINTS):
-                state, _ = self.compiled(state, self.examples, next(batches), numbers)
-                taken += 1
-            jax.block_until_ready(state)
-            seconds += time.perf_counter() - begin
-            curve.append(self._point(taken, seconds, state))
-            if not math.isfinite(curve[-1]["train_loss"]):
-                break
-        return {**settings, "state_bytes": size, "curve": curve}
+            arguments = state, self.examples, next(self.batches()), np.float32(learning_rate)
+            self.compiled = self.step.lower(*arguments).compile()
+            self.compile_s = time.perf_counter() - begin
+        return state
 
-    def _batches(self):
+    def run(self, learning_rate, steps):
+        """One run: a dictionary for the results."""
+        state = self.start(learning_rate)
+        size = sum(leaf.nbytes for leaf in jax.tree.leaves(state.opt_state))
+        curve, batches = [self._point(0, state)], self.batches()
+        for step in range(1, steps + 1):
+            rate = np.float32(learning_rate)
+            state, _ = self.compiled(state, self.examples, next(batches), rate)
+            if step % (steps // POINTS) == 0:
+                curve.append(self._point(step, state))
+                if not math.isfinite(curve[-1]["train_loss"]):
+                    break
+        return {"learning_rate": learning_rate, "state_bytes": size, "curve": curve}
+
+    def batches(self):
+        """Index vectors, epoch after epoch."""
         for epoch in itertools.count(1):
             size = count(self.examples)
             yield from epoch_batches(self.config.seed, epoch, size, self.config.batch_size)
 
-    def _point(self, step, seconds, state):
+    def _point(self, step, state):
         measured = self.measure(state.params, state.model_state)
-        point = {"step": step, "seconds": seconds, **measured}
-        return {name: round(float(value), 4) for name, value in point.items()}
+        return {"step": step, **{name: round(value, 4) for name, value in measured.items()}}
 
 
 def path_of(problem):
@@ -148,61 +146,102 @@ def final(run):
     return loss if math.isfinite(loss) else math.inf
 
 
-def tune(config, methods, steps):
-    """Runs what is not in the results yet."""
+def read(config):
+    """The results so far, with the config and the device they are for."""
     path = path_of(config.problem)
-    results = json.loads(path.read_text()) if path.exists() else {"methods": {}}
-    problem, dataset = make_problem(config), load_dataset(config)
-    keys = ["problem", "batch_size", "train_examples", "curvature_examples", "norm_constraint",
-            "fallback_learning_rate", "weight_decay", "seed"]  # fmt: skip
-    results["config"] = {**{key: config[key] for key in keys}, "steps": steps}
+    results = json.loads(path.read_text()) if path.exists() else {"methods": {}, "time": {}}
+    keys = ["problem", "framework", "batch_size", "train_examples", "curvature_examples", "damping",
+            "norm_constraint", "fallback_learning_rate", "fallback_kinds", "weight_decay",
+            "seed"]  # fmt: skip
+    results["config"] = {key: config[key] for key in keys}
     device = jax.devices()[0]
     results["device"] = f"{device.platform}: {device.device_kind}, JAX {jax.__version__}"
+    return results
+
+
+def write(config, results):
+    path_of(config.problem).write_text(json.dumps(results) + "\n")
+
+
+def tune(config, methods, steps):
+    """Runs what is not in the results yet."""
+    results = read(config)
+    problem, dataset = make_problem(config), load_dataset(config)
     for method in methods:
         runs = results["methods"].setdefault(method, [])
         trial = None
-        for settings in settings_of(method):
-            if any(all(run[k] == v for k, v in settings.items()) for run in runs):
+        for learning_rate in grid(method, config.problem):
+            if any(run["learning_rate"] == learning_rate for run in runs):
                 continue
             trial = trial or Trial(config, method, problem, dataset)
-            runs.append(trial.run(settings, steps))
-            path.write_text(json.dumps(results) + "\n")
-            print(method, settings, runs[-1]["curve"][-1], flush=True)
+            runs.append(trial.run(learning_rate, steps))
+            write(config, results)
+            print(method, learning_rate, runs[-1]["curve"][-1], flush=True)
+
+
+def measure_time(config, methods, rounds):
+    """Steps of all methods in turn, the first two rounds left out."""
+    results = read(config)
+    problem, dataset = make_problem(config), load_dataset(config)
+    running, seconds = {}, {method: [] for method in methods}
+    for method in methods:
+        trial = Trial(config, method, problem, dataset)
+        learning_rate = grid(method, config.problem)[0]
+        running[method] = [trial, trial.start(learning_rate), np.float32(learning_rate)]
+    for indices, _ in zip(trial.batches(), range(rounds + 2), strict=False):
+        for method, (trial, state, rate) in running.items():
+            begin = time.perf_counter()
+            running[method][1], _ = jax.block_until_ready(
+                trial.compiled(state, trial.examples, indices, rate)
+            )
+            seconds[method].append(time.perf_counter() - begin)
+    results["time"] = {
+        method: {
+            "median_s": round(statistics.median(taken[2:]), 4),
+            "slowest_s": round(max(taken[2:]), 4),
+            "compile_s": round(running[method][0].compile_s, 1),
+        }
+        for method, taken in seconds.items()
+    }
+    write(config, results)
+    print(results["time"])
 
 
 def draw(path):
-    """The figure and the table of one problem: the best setting of each method."""
+    """The figure and the table of one problem: the best learning rate of each method."""
     results = json.loads(path.read_text())
     best = {method: min(runs, key=final) for method, runs in results["methods"].items()}
+    step_s = {method: results["time"][method]["median_s"] for method in best}
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     FigureCanvasAgg(figure)
-    for axes, x in zip(figure.subplots(1, 2, sharey=True), ["step", "seconds"], strict=True):
+    for axes, x in zip(figure.subplots(1, 2, sharey=True), ["steps", "seconds"], strict=True):
         for method, run in best.items():
-            values = [[point[x], point["train_loss"]] for point in run["curve"]]
+            scale = 1 if x == "steps" else step_s[method]
+            values = [[point["step"] * scale, point["train_loss"]] for point in run["curve"]]
             axes.plot(*zip(*values, strict=True), color=COLORS[method], label=WORDS[method])
-        axes.set_xlabel(x if x == "step" else "seconds of training")
+        axes.set_xlabel(x if x == "steps" else "seconds of training")
         axes.grid(alpha=0.3)
     figure.axes[0].set_ylabel("train loss")
     figure.axes[0].legend()
     figure.savefig(path.with_suffix(".png"), dpi=120)
-    config = results["config"]
-    print(f"{config['problem']}, {config['steps']} steps of {config['batch_size']}\n")
-    print("| method | best setting | train loss | test loss | seconds | state |")
+    steps = max(point["step"] for run in best.values() for point in run["curve"])
+    print(f"{results['config']['problem']}, {steps} steps of {results['config']['batch_size']}\n")
+    print("| method | learning rate | train loss | test loss | step, Adam's = 1 | state |")
     print("|---|---|---|---|---|---|")
     for method, run in sorted(best.items(), key=lambda item: final(item[1])):
-        setting = ", ".join(f"{name} {run[name]:g}" for name in GRIDS[method])
         last = run["curve"][-1]
-        state = f"{run['state_bytes'] / 1e6:.1f} MB"
         print(
-            f"| {WORDS[method]} | {setting.replace('_', ' ')} | {last['train_loss']:.3f} | "
-            f"{last['test_loss']:.3f} | {last['seconds']:.0f} | {state} |"
+            f"| {WORDS[method]} | {run['learning_rate']:g} | {last['train_loss']:.3f} | "
+            f"{last['test_loss']:.3f} | {step_s[method] / step_s['adam']:.2f} | "
+            f"{run['state_bytes'] / 1e6:.1f} MB |"
         )
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--draw", action="store_true")
-    parser.add_argument("--steps", type=int, default=64)
+    parser.add_argument("--time", action="store_true")
+    parser.add_argument("--steps", type=int, default=160)
     parser.add_argument("--methods", nargs="+", default=list(GRIDS), choices=list(GRIDS))
     options, rest = parser.parse_known_args()
     if options.draw:
@@ -212,7 +251,10 @@ def main():
     config = config_flags.DEFINE_config_file("config")
     flags.FLAGS(["methods", *rest])
     check(config.value)
-    tune(config.value, options.methods, options.steps)
+    if options.time:
+        measure_time(config.value, options.methods, rounds=15)
+    else:
+        tune(config.value, options.methods, options.steps)
 
 
 if __name__ == "__main__":

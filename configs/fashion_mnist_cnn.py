@@ -1,6 +1,6 @@
-"""A small VGG network that classifies Fashion-MNIST; settings of K-BFGS not yet tuned.
+"""A small VGG network that classifies Fashion-MNIST, by KF-QN, which is made for convolutions.
 
-With Adam: --config.optimizer=adam --config.learning_rate=0.001. With all 60,000 images an epoch
+With Adam: --config.optimizer=adam --config.learning_rate=0.003. With all 60,000 images an epoch
 takes minutes on two CPU cores; --config.train_examples=10000 is a sixth of that.
 """
 
@@ -11,12 +11,13 @@ def get_config():
     config = default_config()
     config.problem = "fashion_mnist_cnn"
     config.framework = "linen"
-    config.optimizer = "kbfgs"
-    config.learning_rate = 0.3
-    config.damping = 0.1
-    config.norm_constraint = 0.3
+    config.optimizer = "kfqn"
+    config.learning_rate = 10.0
+    config.damping = 0.3
+    config.norm_constraint = 0.1
+    config.fallback_learning_rate = 0.003
     config.weight_decay = 1e-5
-    config.warm_start = True
-    config.batch_size = 200
+    config.warm_start = False
+    config.batch_size = 100
     config.epochs = 10
     return config
