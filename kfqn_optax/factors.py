@@ -23,8 +23,6 @@ from kfqn_optax.options import Options
 from kfqn_optax.pairs import Pair
 from kfqn_optax.statistics import LayerStatistics, running_average
 
-_NOISE = 4.0  # a change of the mean cotangent below so many times its rounding error is none
-
 
 def begin(
     layer: Layer, state: LayerState, measured: LayerStatistics | None, options: Options
@@ -172,10 +170,9 @@ def _learn_output(state, measured, probed, weights, step, options, damping) -> d
     reached = (measured.rows > 0) & (probed.rows > 0)
     finite = jnp.isfinite(jnp.sum(raw.s)) & jnp.isfinite(jnp.sum(raw.y))
     # A mean of cotangents that cancel exactly (softmax does not see a shift of all keys) is noise,
-    # and so is its change; damping would make a pair of it all the same.
-    noise = _NOISE * (measured.cotangent_noise + probed.cotangent_noise)
-    size = pairs.dot(raw.y, raw.y)
-    drowned = (size > 0) & (size < noise**2)
+    # and so is its change; damping would make a pair of it all the same. Cotangents that do not
+    # cancel have a mean of at least their size over the square root of their number.
+    drowned = _is_noise(measured) & _is_noise(probed)
     usable = reached & finite & ~drowned
     average = Pair(
         jnp.where(usable, running_average(state.s, raw.s, options.pair_decay), state.s),
@@ -200,6 +197,12 @@ def _learn_output(state, measured, probed, weights, step, options, damping) -> d
         powell_damped=by_powell & usable,
         second_damped=by_second & usable,
     )
+
+
+def _is_noise(measured: LayerStatistics) -> jax.Array:
+    """Whether the mean cotangent is nothing but what rounding leaves of a sum that is 0."""
+    size = jnp.sqrt(pairs.dot(measured.cotangent_mean, measured.cotangent_mean))
+    return size < measured.cotangent_noise
 
 
 def _learn_input(state, measured, product, options, damping) -> dict[str, Any]:

@@ -11,8 +11,8 @@ positions) we make
     input_product   A v         without forming A, for a given vector v
     input_mean      a = (1/(mT)) sum of a        mean over both
     cotangent_mean  g = (1/(mT)) sum of g        mean over both
-    cotangent_noise     what rounding each g may have done to that mean: where all of them cancel,
-                        as for the keys of an attention, the mean is nothing else
+    cotangent_noise     the size below which that mean is nothing but rounding: where all g cancel,
+                        as for the keys of an attention (softmax does not see a shift of them)
 
 (arXiv 2006.08877; arXiv 2102.06737 for the positions.)
 """
@@ -59,8 +59,9 @@ class LayerStatistics(NamedTuple):
         input_product: A times the vector that was given, [d_in]; None without one.
         input_mean: mean input with a trailing 1 if there is a bias, [d_in].
         cotangent_mean: mean gradient of an example's loss at the layer's output, [d_out].
-        cotangent_noise: size of the error that rounding leaves in cotangent_mean, its dtype's
-            relative rounding error times the root mean square of g over the square root of rows.
+        cotangent_noise: the size below which cotangent_mean is taken for rounding, []: what a mean
+            of so many g with random signs has, times the square root of their relative rounding
+            error (3e-4 in float32).
         rows: number of rows, m times T; 0 if the loss does not depend on this layer.
         examples: m.
     """
@@ -99,9 +100,9 @@ def reduce(
         sums: over all rows of the batch, x the input without the constant 1 and d its length, each
             with an axis of blocks in front if the layer has blocks: ``inputs``, of x, [d];
             ``cotangents``, of the gradient of the (mean) loss at the output, [d_out];
-            ``roundings``, of the squares of its rounding errors, [d_out]; ``rows``, their number,
-            []; and, if wanted, ``moment``, of x x^T, [d, d] ([d], its diagonal, for
-            a lookup), and ``product``, of x (x . v) for the vector v without its last entry, [d].
+            ``roundings``, of its squares times their relative rounding error, [d_out]; ``rows``,
+            their number, []; and, if wanted, ``moment``, of x x^T, [d, d] ([d], its diagonal, for a
+            lookup), and ``product``, of x (x . v) for the vector v without its last entry, [d].
         examples: m, the number of examples.
         vector: v, [*blocks, d_in].
     """

@@ -38,7 +38,7 @@ def tag(geometry: Any, output: jax.Array, inputs: jax.Array, entry: Entry) -> ja
 
             ``moment``: x x^T, x the row without the constant 1 of the bias;
             ``inputs``: x;  ``cotangents``: the cotangent g of the output row;  ``rows``: 1;
-            ``roundings``: (e g)^2, e the relative rounding error of g;
+            ``roundings``: e g^2, e the relative rounding error of g;
             ``product``: x (x . v), for the vector v under ``vector``.
 
     Returns:
@@ -70,7 +70,7 @@ def _sums(geometry: Any, entry: Entry, inputs: jax.Array, cotangent: jax.Array) 
         "moment": lambda: geometry.moment(inputs, dtype),
         "product": lambda: geometry.product(inputs, entry[VECTOR].reshape(total.shape), dtype),
         "cotangents": lambda: jnp.sum(g, axis=0),
-        "roundings": lambda: jnp.sum((g * eps) ** 2, axis=0),
+        "roundings": lambda: jnp.sum(g**2, axis=0) * eps,
         "rows": lambda: jnp.sum(jnp.where(first == 0, 1, 1).astype(dtype)),
         VECTOR: lambda: jnp.zeros_like(entry[VECTOR]),
     }
