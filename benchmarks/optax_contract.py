@@ -2,7 +2,7 @@
 
     python benchmarks/optax_contract.py [--write docs/optax.md] [kbfgs adam ...]
 
-Runs every check of ``tests/contract.py`` for each optimizer (some minutes for all of them) and
+Runs every check of ``tests/contract`` for each optimizer (some minutes for all of them) and
 prints a Markdown table, with the reasons below it. ``--write`` puts it between the two marker
 comments of a page.
 """
