@@ -1,13 +1,13 @@
 """All methods on the CNN and on the transformer, each tuned on the same budget of steps.
 
     python benchmarks/methods.py --config configs/char_transformer.py --steps 160
-        [--methods kbfgs adam ...] [--config.key=value ...]
+        [--methods kbfgs adam ...] [--config.framework=nnx] [--config.key=value ...]
     python benchmarks/methods.py --config configs/char_transformer.py --time
     python benchmarks/methods.py --draw
 
 The budget is a number of steps on the config's problem, without warm start. Each method runs once
 for every learning rate of its grid below; one compiled step serves them all. Results are written
-run by run to ``benchmarks/results/methods_PROBLEM.json``, and what is there is not run again.
+run by run to ``benchmarks/results/methods_PROBLEM_FRAMEWORK.json``, and what is there is not run again.
 ``--time`` lets a step of each method take turns in one process and keeps the medians, so that a
 busy machine hits all alike; seconds in figure and table are these times the number of steps.
 ``--draw`` writes the figures and prints the tables from the committed results.
@@ -137,8 +137,8 @@ class Trial:
         return {"step": step, **{name: round(value, 4) for name, value in measured.items()}}
 
 
-def path_of(problem):
-    return RESULTS / f"methods_{problem}.json"
+def path_of(config):
+    return RESULTS / f"methods_{config.problem}_{config.framework}.json"
 
 
 def final(run):
@@ -148,7 +148,7 @@ def final(run):
 
 def read(config):
     """The results so far, with the config and the device they are for."""
-    path = path_of(config.problem)
+    path = path_of(config)
     results = json.loads(path.read_text()) if path.exists() else {"methods": {}, "time": {}}
     keys = ["problem", "framework", "batch_size", "train_examples", "curvature_examples", "damping",
             "norm_constraint", "fallback_learning_rate", "fallback_kinds", "weight_decay",
@@ -160,7 +160,7 @@ def read(config):
 
 
 def write(config, results):
-    path_of(config.problem).write_text(json.dumps(results) + "\n")
+    path_of(config).write_text(json.dumps(results) + "\n")
 
 
 def tune(config, methods, steps):
@@ -225,7 +225,7 @@ def draw(path):
     figure.axes[0].legend()
     figure.savefig(path.with_suffix(".png"), dpi=120)
     steps = max(point["step"] for run in best.values() for point in run["curve"])
-    print(f"{results['config']['problem']}, {steps} steps of {results['config']['batch_size']}\n")
+    print(f"\n{path.stem}: {steps} steps of {results['config']['batch_size']}\n")
     print("| method | learning rate | train loss | test loss | step, Adam's = 1 | state |")
     print("|---|---|---|---|---|---|")
     for method, run in sorted(best.items(), key=lambda item: final(item[1])):

@@ -15,6 +15,7 @@ from pathlib import Path
 import jax
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+jax.config.update("jax_enable_x64", True)  # before the batches are made
 import contract
 
 BEGIN, END = "<!-- contract: begin -->", "<!-- contract: end -->"
@@ -72,7 +73,6 @@ def main() -> None:
     parser.add_argument("names", nargs="*", default=[*contract.OURS, *contract.PEERS])
     parser.add_argument("--write", type=Path, help="the page whose table is replaced")
     options = parser.parse_args()
-    jax.config.update("jax_enable_x64", True)
     text = markdown(outcomes(options.names), options.names)
     print(text)
     if options.write:

@@ -28,13 +28,12 @@ def near(ours, theirs, tolerance):
             assert relative(getattr(ours, name), expected) < tolerance, name
 
 
-@pytest.mark.parametrize("lift", [nn.remat, nn.jit])
 @pytest.mark.parametrize(
     "name", ["conv 2-d strided", "conv in groups", "dense general", "einsum", "attention", "tied"]
 )
-def test_remat_and_jit(name, lift):
+def test_remat_and_jit(name):
     model, loss_fn, params, x = setup(name)
-    lifted = curved_loss(remade(model, lift(type(model))))
+    lifted = curved_loss(remade(model, nn.jit(nn.remat(type(model)))))
     expected, measured = measure(loss_fn, params, x), measure(lifted, params, x)
     assert expected.layers.keys() == measured.layers.keys()
     for path, theirs in expected.layers.items():
@@ -43,7 +42,7 @@ def test_remat_and_jit(name, lift):
 
 
 @pytest.mark.parametrize("param_dtype", [jnp.float32, jnp.bfloat16])
-@pytest.mark.parametrize("name", ["conv 2-d strided", "conv in groups", "dense general", "einsum"])
+@pytest.mark.parametrize("name", ["conv in groups", "dense general"])
 def test_computing_in_bfloat16(name, param_dtype):
     """Factors in float32; means and moments as near as the rounding of bfloat16 allows."""
     model, loss_fn, params, x = setup(name)

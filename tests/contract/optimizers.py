@@ -43,15 +43,15 @@ def line_search_arguments(loss_fn, params, *batch):
 
 _NUMBERS = {"learning_rate": 0.1, "damping": 0.1}
 OURS = {
-    "kbfgs": Optimizer("kbfgs", kfqn.kbfgs, _NUMBERS, _curvature, ("max_factor_dim",)),
+    "kbfgs": Optimizer("kbfgs", kfqn.kbfgs, _NUMBERS, _curvature),
     "kbfgs_l": Optimizer(
         "kbfgs_l",
         kfqn.kbfgs_l,
         {**_NUMBERS, "memory_size": 3},
         _curvature,
-        ("memory_size", "max_factor_dim"),
+        ("memory_size",),
     ),
-    "kfqn": Optimizer("kfqn", kfqn.kfqn, _NUMBERS, _curvature, ("max_factor_dim",)),
+    "kfqn": Optimizer("kfqn", kfqn.kfqn, _NUMBERS, _curvature),
 }
 PEERS = {
     "adam": Optimizer("adam", optax.adam, {"learning_rate": 0.1}),
