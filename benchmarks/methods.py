@@ -7,7 +7,7 @@
 
 The budget is a number of steps on the config's problem, without warm start. Each method runs once
 for every learning rate of its grid below; one compiled step serves them all. Results are written
-run by run to ``benchmarks/results/methods_PROBLEM_FRAMEWORK.json``, and what is there is not run again.
+run by run to ``benchmarks/results/methods_PROBLEM_FRAMEWORK.json``; what is there is not run again.
 ``--time`` lets a step of each method take turns in one process and keeps the medians, so that a
 busy machine hits all alike; seconds in figure and table are these times the number of steps.
 ``--draw`` writes the figures and prints the tables from the committed results.

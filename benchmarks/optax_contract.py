@@ -16,7 +16,7 @@ import jax
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 jax.config.update("jax_enable_x64", True)  # before the batches are made
-import contract
+import contract  # noqa: E402
 
 BEGIN, END = "<!-- contract: begin -->", "<!-- contract: end -->"
 
