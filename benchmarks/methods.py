@@ -48,7 +48,7 @@ SECOND_ORDER = {
     "fashion_mnist_cnn": [1.0, 3.0, 10.0, 30.0],
 }
 GRIDS = {
-    "adam": [3e-4, 1e-3, 3e-3, 1e-2],
+    "adam": [1e-4, 3e-4, 1e-3, 3e-3, 1e-2],
     "muon": [3e-3, 1e-2, 3e-2, 1e-1],
     "kbfgs": SECOND_ORDER,
     "kbfgs_l": SECOND_ORDER,

@@ -26,7 +26,7 @@ from kfqn_optax.discovery import Discovery, Seen
 from kfqn_optax.layers import Layer
 from kfqn_optax.loss import LossFn
 from kfqn_optax.statistics import CurvatureFn, Statistics
-from kfqn_optax.tag import measure, tag
+from kfqn_optax.tag import check_precision, measure, tag
 
 ENTRY = "kfqn_optax_sums"  # name of the extra entry next to a kernel
 _KERNELS = ("kernel", "embedding")
@@ -42,7 +42,9 @@ def curvature_fn(loss_fn: LossFn, params: Any, /, *args: Any, **kwargs: Any) -> 
     Args:
         loss_fn: ``loss_fn(params, *args, **kwargs)``, the user's own, unchanged: the mean loss of a
             batch (a scalar, or a pair of a scalar and anything else), with linen's ``model.apply``
-            anywhere inside. Examples are counted along the first axis of what a layer is given.
+            anywhere inside. Examples are counted along the first axis of what a layer is given, or
+            along the outermost axis that ``jax.vmap`` or ``nn.vmap`` hides from it; turns of a loop
+            (``lax.scan``, ``lax.map``) and further calls of a layer count as positions.
         params: all the parameters, in any nesting of dictionaries and other containers.
         *args: whatever else the loss takes: the batch, random keys, other collections.
         **kwargs: the same, by name.
@@ -57,7 +59,8 @@ def curvature_fn(loss_fn: LossFn, params: Any, /, *args: Any, **kwargs: Any) -> 
 
     Raises:
         TypeError: if the loss does not return a scalar.
-        ValueError: if the loss cannot run with an extra entry next to each kernel.
+        ValueError: if the loss cannot run with an extra entry next to each kernel, takes a
+            derivative through a layer, or casts the parameters to less than float32.
 
     Examples:
         >>> import flax.linen as nn, jax, jax.numpy as jnp, kfqn_optax
@@ -85,8 +88,8 @@ def find_layers(loss_fn: LossFn, params: Any, /, *args: Any, **kwargs: Any) -> t
 
     Returns:
         One `Layer` for each ``nn.Dense``, ``nn.Conv``, ``nn.DenseGeneral``, ``nn.Einsum`` and
-        ``nn.Embed`` that the loss calls and whose parameters are in ``params``, in the order of the
-        tree. For ``kbfgs(..., layers=...)``.
+        ``nn.Embed`` that the loss calls and whose parameters are in ``params``, in the order of
+        their paths. For ``kbfgs(..., layers=...)``.
 
     Raises:
         TypeError: if the loss does not return a scalar.
@@ -168,7 +171,10 @@ class _Measure:
         def see(module: nn.Module, call: Call | None, inputs, output, kernel) -> jax.Array:
             # By kind: the lookups of an embedding that is also an output layer are not measured.
             entry = module.get_variable("params", ENTRY).get(call.kind) if call else None
-            return tag(call.geometry, output, inputs, dict(entry)) if call and entry else output
+            if not call or not entry:
+                return output
+            check_precision("/".join(module.path), entry)
+            return tag(call.geometry, output, inputs, dict(entry))
 
         def run(sums: dict[str, dict[str, jax.Array]]) -> jax.Array:
             entries = {path: {ENTRY: {kinds[path]: entry}} for path, entry in sums.items()}
@@ -214,7 +220,10 @@ def _interceptor(see: Callable[..., jax.Array]) -> Callable:
 
 
 def _modules_with_kernel(tree: Any) -> list[tuple[str, Mapping[str, Any]]]:
-    """Path and contents of every dictionary that may be a layer's, in the order of the tree."""
+    """Path and contents of every dictionary that may be a layer's, in the order of their paths.
+
+    Not in that of the dictionaries, which are the same to JAX in any order.
+    """
     found = []
 
     def visit(node: Mapping[str, Any], path: str) -> Mapping[str, Any]:
@@ -223,7 +232,7 @@ def _modules_with_kernel(tree: Any) -> list[tuple[str, Mapping[str, Any]]]:
         return node
 
     _map_dictionaries(visit, tree)
-    return found
+    return sorted(found, key=lambda module: module[0].split("/"))
 
 
 def _kernel(module: Mapping[str, Any]) -> Any:
@@ -253,12 +262,16 @@ def _map_dictionaries(fn: Callable[[Any, str], Any], tree: Any, path: str = "") 
         tree, is_leaf=lambda node: isinstance(node, Mapping)
     )
     mapped = [
-        _map_dictionaries(fn, leaf, layers_lib.join(path, layers_lib.path_name(keys)))
+        _map_dictionaries(fn, leaf, layers_lib.join(path, _written(keys)))
         if isinstance(leaf, Mapping)
         else leaf
         for keys, leaf in leaves
     ]
     return jax.tree_util.tree_unflatten(treedef, mapped)
+
+
+def _written(keys: tuple[Any, ...]) -> str:
+    return jax.tree_util.keystr(keys, simple=True, separator="/")
 
 
 def _dictionary(like: Mapping[str, Any], items: dict[str, Any]) -> Mapping[str, Any]:

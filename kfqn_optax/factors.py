@@ -167,7 +167,7 @@ def _learn_output(state, measured, probed, weights, step, options, damping) -> d
         probed.input_mean - measured.input_mean, weights
     )
     raw = Pair(change, probed.cotangent_mean - measured.cotangent_mean)
-    reached = (measured.rows > 0) & (probed.rows > 0)
+    reached = (measured.rows != 0) & (probed.rows != 0)
     finite = jnp.isfinite(jnp.sum(raw.s)) & jnp.isfinite(jnp.sum(raw.y))
     # A mean of cotangents that cancel exactly (softmax does not see a shift of all keys) is noise,
     # and so is its change; damping would make a pair of it all the same. Cotangents that do not
@@ -217,6 +217,6 @@ def _learn_input(state, measured, product, options, damping) -> dict[str, Any]:
     As = product if state.input_moment is None else pairs.matmul(state.input_moment, s)
     action = pairs.hessian_action(s, As, damping)
     status = pairs.pair_status(action, measured.input_mean, options.curvature_tolerance)
-    status = jnp.where(measured.rows > 0, status, pairs.NOT_MEASURED)
+    status = jnp.where(measured.rows != 0, status, pairs.NOT_MEASURED)
     input_, input_status = inverse.update(state.input, action, status)
     return dict(input=input_, input_status=input_status)

@@ -71,8 +71,13 @@ def explain(
             raise ValueError(
                 f"{_name(loss_fn)} takes a forward-mode derivative (jax.jvp, jax.jacfwd, "
                 "jax.linearize or jax.hessian) through a layer. The layers' cotangents cannot be "
-                "collected through that: use reverse mode (jax.grad, jax.vjp) inside the loss, or "
-                "give curvature_fn a loss without that term."
+                "collected through that: give curvature_fn a loss without that term."
+            ) from error
+        if "Linearization failed" in message:
+            raise ValueError(
+                f"{_name(loss_fn)} takes a derivative (jax.grad or jax.vjp) through a layer. The "
+                "layers' cotangents cannot be collected through that: compute it before the loss "
+                "and pass it as an argument, or give curvature_fn a loss without that term."
             ) from error
         if plain is None:
             raise

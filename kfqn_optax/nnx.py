@@ -8,6 +8,7 @@ subclass of ``nnx.Param``, so that ``nnx.jit``, ``nnx.scan``, ``nnx.vmap`` and `
 them as they do the kernels.
 """
 
+import collections
 import functools
 import inspect
 import itertools
@@ -43,7 +44,8 @@ def nnx_curvature_fn(
         loss_fn: the user's own: the mean loss of a batch (a scalar, or a pair of a scalar and
             anything else). It may change the model's state; the changes are dropped here.
         model: the model as it is before the step.
-        *args: whatever else the loss takes.
+        *args: whatever else the loss takes; of NNX objects among them (other models, an
+            ``nnx.Rngs``) it gets copies, as they are now.
         **kwargs: the same, by name.
 
     Returns:
@@ -75,6 +77,7 @@ def nnx_curvature_fn(
     seen = _discover(loss_fn, model, args, kwargs)
     kinds = {s.layer.path: s.layer.kind for s in seen}
     graph, full, rest = nnx.split(model, nnx.Param, ...)
+    arguments = _frozen((args, kwargs))
 
     def measure_at(
         params: Any,
@@ -91,6 +94,7 @@ def nnx_curvature_fn(
                     setattr(layer, _FIELDS, tuple(entries[path]))
                     setattr(layer, _KIND, kinds[path])
                     layer.__class__ = _tagging(type(layer))
+            args, kwargs = arguments()
             return loss.scalar(loss_fn, loss_fn(copy, *args, **kwargs))
 
         return measure(run, seen, loss_fn, moments, vectors)
@@ -111,7 +115,8 @@ def find_nnx_layers(
 
     Returns:
         One `Layer` for each ``nnx.Linear``, ``nnx.Conv``, ``nnx.LinearGeneral``, ``nnx.Einsum`` and
-        ``nnx.Embed`` that the loss calls.
+        ``nnx.Embed`` that the loss calls, except those that share a parameter with another layer
+        (``b.kernel = a.kernel``; one module used twice is a layer).
 
     Raises:
         TypeError: if the loss does not return a scalar, or ``model`` is not an NNX module.
@@ -133,6 +138,28 @@ def open_model(model: nnx.Module) -> tuple[Callable[[Any], nnx.Module], Any]:
 def parameters(model: nnx.Module) -> Any:
     """The model's parameters, as `nnx_curvature_fn`'s function takes them."""
     return nnx.state(model, nnx.Param)
+
+
+def _frozen(arguments: Any) -> Callable[[], Any]:
+    """A function that returns the arguments, each time with new copies of the NNX objects in them.
+
+    A loss may change those objects, which JAX allows for objects made in the same trace only.
+    """
+
+    def is_object(node: Any) -> bool:
+        return isinstance(node, nnx.Pytree)
+
+    leaves, treedef = jax.tree.flatten(arguments, is_leaf=is_object)
+    parts: list[Any] = [nnx.split(leaf) if is_object(leaf) else None for leaf in leaves]
+
+    def thaw() -> Any:
+        copies = [
+            leaf if part is None else nnx.merge(*part, copy=True)
+            for leaf, part in zip(leaves, parts, strict=True)
+        ]
+        return jax.tree.unflatten(treedef, copies)
+
+    return thaw
 
 
 def _discover(loss_fn: LossFn, model: nnx.Module, args: tuple, kwargs: dict) -> tuple[Seen, ...]:
@@ -170,21 +197,36 @@ def _discover(loss_fn: LossFn, model: nnx.Module, args: tuple, kwargs: dict) -> 
 
 
 def _layers(model: nnx.Module) -> dict[str, nnx.Module]:
-    """The layers of a model by path; not those whose kernel a wrapper replaces in the call."""
+    """The layers of a model by path.
+
+    Not those whose kernel a wrapper replaces in the call, nor those that have a parameter in common
+    with another layer, which has one gradient for both.
+    """
     modules = [(join(*map(str, path)), module) for path, module in nnx.iter_modules(model)]
     wrappers = [p for p, m in modules if isinstance(m, (nnx.WeightNorm, nnx.SpectralNorm))]
-    return {
+    layers = {
         path: module
         for path, module in modules
         if nnx_kinds.is_layer(module)
         and not any(path.startswith(f"{w}/" if w else "") for w in wrappers)
     }
+    users = collections.Counter(v for layer in layers.values() for v in _identities(layer))
+    return {
+        path: layer
+        for path, layer in layers.items()
+        if all(users[v] == 1 for v in _identities(layer))
+    }
+
+
+def _identities(layer: nnx.Module) -> list[int]:
+    """What tells a layer's own parameters from those of others."""
+    return [id(v) for v in vars(layer).values() if isinstance(v, nnx.Param)]
 
 
 def _parameters_of(layer: nnx.Module) -> dict[str, Any]:
     """The arrays of a layer's own parameters by name."""
     return {
-        name: variable[...]
+        name: variable.get_value()
         for name, variable in vars(layer).items()
         if isinstance(variable, nnx.Param)
     }

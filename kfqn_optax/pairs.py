@@ -18,7 +18,7 @@ NOT_POSITIVE = 1  # s.y <= 0
 TOO_SMALL = 2  # s.y <= tolerance |s|^2 |v|
 NOT_FINITE = 4
 NOT_MEASURED = 5  # no pair was offered: the layer took no part in this pass
-ROUNDING = 6  # no pair was offered: the change of the mean cotangent is rounding
+ROUNDING = 6  # no pair was offered: the mean cotangents are nothing but rounding
 
 STATUS_WORDS = {
     UPDATED: "updated",
@@ -26,7 +26,7 @@ STATUS_WORDS = {
     TOO_SMALL: "skipped: s.y too small for |s|",
     NOT_FINITE: "skipped: not finite",
     NOT_MEASURED: "not measured",
-    ROUNDING: "skipped: y is rounding",
+    ROUNDING: "skipped: only rounding",
 }
 
 

@@ -1,5 +1,6 @@
 """What will happen to every parameter, as a table to print."""
 
+import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -21,7 +22,7 @@ def summary(opt_state: Any, params: Any = None, layers: Iterable[Layer] | None =
     """A table of who updates which parameter, with what, and why.
 
     Args:
-        opt_state: state of `kbfgs`, or of anything that holds a K-BFGS state.
+        opt_state: state of `kbfgs`, or of anything that holds K-BFGS states; shapes will do.
         params: the parameters; without them, those outside the layers are listed without shapes,
             and not at all where ``scale_by_kbfgs`` is used without `kbfgs`.
         layers: what `find_layers` returned, to say of what kind each layer is.
@@ -34,22 +35,22 @@ def summary(opt_state: Any, params: Any = None, layers: Iterable[Layer] | None =
     Raises:
         ValueError: if there is no K-BFGS state in ``opt_state``.
     """
-    state = _only(opt_state, ScaleByKBFGSState)
-    if state is None:
+    states = _all(opt_state, ScaleByKBFGSState)
+    if not states:
         raise ValueError(
             "opt_state holds no K-BFGS state: pass what tx.init(params) returned, for a tx made "
             "with kbfgs or scale_by_kbfgs."
         )
-    partition = _only(opt_state, optax.transforms.PartitionState)
-    inner = {} if partition is None else partition.inner_states
-    bytes_of = _bytes_by_name(inner or opt_state)
-    shapes = named_leaves(params) if params is not None else _momentum_leaves(opt_state)
-
+    held = {path: layer for state in states for path, layer in state.layers.items()}
+    partitions = _all(opt_state, optax.transforms.PartitionState)
+    fallback = any(FALLBACK in partition.inner_states for partition in partitions)
+    parameters = _named(params, opt_state)
+    bytes_of = _bytes_by_name(opt_state, set(parameters))
     kinds = {layer.path: layer.kind for layer in layers or ()}
     rows = []
-    for name, leaf in shapes.items():
+    for name, leaf in parameters.items():
         path, _, last = name.rpartition("/")
-        layer = state.layers.get(path)
+        layer = held.get(path)
         shape, dtype = ("", "") if leaf is None else (str(jnp.shape(leaf)), str(leaf.dtype))
         kept = bytes_of(name)
         if layer is not None and last in (*_KERNELS, "bias"):
@@ -60,46 +61,66 @@ def summary(opt_state: Any, params: Any = None, layers: Iterable[Layer] | None =
             else:
                 factors = "with its kernel"
         else:
-            by = "fallback" if FALLBACK in inner else "passed on"
+            by = "fallback" if fallback else "passed on"
             factors = "none"
             why = "not among layers=" if last in _KERNELS else "no part of a layer"
         rows.append((name, shape, dtype, by, factors, f"{kept:,}", why))
-    total = sum(leaf.nbytes for leaf in jax.tree.leaves(opt_state))
+    total = sum(_nbytes(leaf) for leaf in jax.tree.leaves(opt_state))
     rows.append(("total", "", "", "", "", f"{total:,}", "counters included"))
     return _table([_HEADER, *rows])
 
 
-def _only(tree: Any, kind: type) -> Any:
-    """The first node of a kind in a tree, or None."""
+def _all(tree: Any, kind: type) -> list[Any]:
+    """The nodes of a kind in a tree."""
     nodes = jax.tree.leaves(tree, is_leaf=lambda node: isinstance(node, kind))
-    return next((node for node in nodes if isinstance(node, kind)), None)
+    return [node for node in nodes if isinstance(node, kind)]
 
 
-def _momentum_leaves(opt_state: Any) -> dict[str, Any]:
-    """Every parameter that the momentum of `kbfgs` knows of: None where it is masked out."""
-    momentum = _only(opt_state, MomentumState)
-    if momentum is None:
-        state = _only(opt_state, ScaleByKBFGSState)
-        return {join(path, "kernel"): None for path in state.layers}
-    leaves, _ = jax.tree_util.tree_flatten_with_path(
-        momentum.momentum, is_leaf=lambda node: isinstance(node, optax.MaskedNode)
-    )
+def _named(params: Any, opt_state: Any) -> dict[str, Any]:
+    """The parameters by path, or what the state tells of them: None where it has no shape."""
+    if params is not None:
+        return named_leaves(params)
+    momenta = _all(opt_state, MomentumState)
+    if not momenta:
+        states = _all(opt_state, ScaleByKBFGSState)
+        return {join(path, "kernel"): None for state in states for path in state.layers}
+    known: dict[str, Any] = {}
+    for momentum in momenta:
+        leaves, _ = jax.tree_util.tree_flatten_with_path(
+            momentum.momentum, is_leaf=lambda node: isinstance(node, optax.MaskedNode)
+        )
+        for path, leaf in leaves:
+            masked = isinstance(leaf, optax.MaskedNode)
+            known[path_name(path)] = known.get(path_name(path)) if masked else leaf
+    # A mask may stand for a whole dictionary, of which another momentum knows the parameters.
     return {
-        path_name(path): None if isinstance(leaf, optax.MaskedNode) else leaf
-        for path, leaf in leaves
+        name: leaf
+        for name, leaf in known.items()
+        if leaf is not None or not any(other.startswith(name + "/") for other in known)
     }
 
 
-def _bytes_by_name(state: Any) -> Any:
-    """A function from a parameter's path to the bytes of the state's arrays named after it."""
-    sizes = {name: leaf.nbytes for name, leaf in named_leaves(state).items()}
-    return lambda wanted: sum(
-        size for name, size in sizes.items() if name == wanted or name.endswith("/" + wanted)
-    )
+def _bytes_by_name(state: Any, names: set[str]) -> Any:
+    """A function from a parameter's path to the bytes of the state's arrays named after it.
+
+    An array belongs to the longest of the names that its own path ends in.
+    """
+    sizes: dict[str, int] = {}
+    for path, leaf in named_leaves(state).items():
+        parts = path.split("/")
+        ends = ("/".join(parts[i:]) for i in range(len(parts)))
+        owner = next((end for end in ends if end in names), None)
+        if owner is not None:
+            sizes[owner] = sizes.get(owner, 0) + _nbytes(leaf)
+    return lambda name: sizes.get(name, 0)
 
 
 def _layer_bytes(layer: LayerState) -> int:
-    return sum(leaf.nbytes for leaf in jax.tree.leaves(layer))
+    return sum(_nbytes(leaf) for leaf in jax.tree.leaves(layer))
+
+
+def _nbytes(leaf: Any) -> int:
+    return math.prod(leaf.shape) * leaf.dtype.itemsize
 
 
 def _table(rows: list[tuple[str, ...]]) -> str:

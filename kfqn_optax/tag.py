@@ -62,7 +62,7 @@ def _sums(geometry: Any, entry: Entry, inputs: jax.Array, cotangent: jax.Array) 
     dtype = entry["rows"].dtype
     g = geometry.output_rows(cotangent, dtype)
     # A plain constant would not be summed over an axis that vmap hides; this depends on g.
-    first = g.reshape(g.shape[0], -1)[:, 0]
+    first = g[(slice(None), *[0] * (g.ndim - 1))]
     total = geometry.input_sum(inputs, dtype)
     eps = max(jnp.finfo(cotangent.dtype).eps, jnp.finfo(dtype).eps)
     sums = {
@@ -75,6 +75,17 @@ def _sums(geometry: Any, entry: Entry, inputs: jax.Array, cotangent: jax.Array) 
         VECTOR: lambda: jnp.zeros_like(entry[VECTOR]),
     }
     return {name: sums[name]().reshape(zeros.shape) for name, zeros in entry.items()}
+
+
+def check_precision(path: str, entry: Entry) -> None:
+    """Raises if the loss has cast the parameters, and the zeros with them, to low precision."""
+    dtype = entry["rows"].dtype
+    if jnp.finfo(dtype).bits < 32:
+        raise ValueError(
+            f"the loss casts all parameters to {dtype}, and with them the sums that curvature_fn "
+            f"puts next to the kernel of layer {path!r}; they would lose their digits. Compute in "
+            "low precision by the model's own dtype=, or give curvature_fn a loss without the cast."
+        )
 
 
 def _replicated(fn: Callable[..., Any], *args: Any) -> Any:

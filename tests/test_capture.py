@@ -1,11 +1,14 @@
 """Statistics against explicit per-example, per-position math; the user's loss left as it was."""
 
+from typing import Any, NamedTuple
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
 from models import Mlp, loss_of, problem, relative
+from steps import layers_of
 
 import kfqn_optax as kfqn
 from kfqn_optax.layers import dense
@@ -288,6 +291,41 @@ def test_containers_and_boxes():
     unboxed = nn.meta.unbox(boxed)
     expected = kfqn.curvature_fn(loss_of(Boxed()), unboxed, x, targets)(unboxed)
     jax.tree.map(np.testing.assert_array_equal, measured, expected)
+
+
+class ActorCritic(NamedTuple):
+    """A field of the name that boxes use for what they hold."""
+
+    policy: Any
+    value: Any
+
+
+def test_a_field_of_the_name_value():
+    loss_fn, params, x, targets = problem()
+
+    def both(pair, x, targets):
+        return loss_fn(pair.policy, x, targets) + loss_fn(pair.value, x, targets)
+
+    pair = ActorCritic(params, params)
+    paths = [layer.path for layer in kfqn.find_layers(both, pair, x, targets)]
+    assert paths == [f"{f}/params/Dense_{i}" for f in ("policy", "value") for i in (0, 1)]
+    state = kfqn.kbfgs(0.1, layers=kfqn.find_layers(both, pair, x, targets)).init(pair)
+    assert list(layers_of(state)) == paths
+
+
+def test_the_order_of_a_dictionary_does_not_matter():
+    """Else a `curvature_fn` that is an argument of a jitted step would compile it again."""
+    loss_fn, params, x, targets = problem()
+    turned = {"params": dict(reversed(params["params"].items()))}
+    one, other = (kfqn.curvature_fn(loss_fn, p, x, targets) for p in (params, turned))
+    assert one.func == other.func
+    assert jax.tree.structure(one) == jax.tree.structure(other)
+
+
+def test_an_empty_batch_has_no_rows():
+    _, params, x, _ = problem()
+    measured = kfqn.curvature_fn(lambda p, x: Mlp([4, 3]).apply(p, x).sum(), params, x[:0])(params)
+    assert [int(layer.rows) for layer in measured.layers.values()] == [0, 0]
 
 
 def test_a_subclass_is_seen_at_its_inner_call():

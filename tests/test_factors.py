@@ -199,6 +199,14 @@ def test_each_side_is_guarded_by_itself(value):
     assert int(new.output_status) == int(new.input_status) == pairs.NOT_FINITE
 
 
+def test_sums_that_are_not_numbers_are_called_so():
+    """As where the loss takes a norm of each parameter by itself, also of the zeros beside them."""
+    lost = jax.tree.map(lambda leaf: leaf * jnp.nan, statistics(0))
+    new = call(lost, lost)
+    same(new, running(), "input", "output", "s", "y")
+    assert int(new.output_status) == int(new.input_status) == pairs.NOT_FINITE
+
+
 def test_the_tolerance_decides():
     strict = dataclasses.replace(OPTIONS, curvature_tolerance=1e6)
     new = call(statistics(0), statistics(1), strict)

@@ -117,6 +117,54 @@ def test_the_users_model_is_left_alone():
     assert not [name for name in vars(model.Dense_0) if name.startswith("kfqn")]
 
 
+def test_objects_among_the_arguments_are_copied():
+    """Random counters and batch statistics that the loss changes on the way stay as they are."""
+    model, critic, rngs = Mlp(nnx.Rngs(0)), Mlp(nnx.Rngs(1), noisy=True), nnx.Rngs(2)
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(6, 5)))
+
+    def judged(model, critic, x, rngs):
+        noise = jax.random.normal(rngs(), x.shape)
+        return loss_fn(critic, x, jnp.tile(model(x + noise), (1, 1)))
+
+    optimizer = nnx.Optimizer(model, kfqn.kbfgs(0.1), wrt=nnx.Param)
+
+    @nnx.jit
+    def step(model, critic, optimizer, x, rngs):
+        fn = kfqn.nnx_curvature_fn(judged, model, critic, x, rngs)
+        first, again = (fn(nnx.state(model, nnx.Param)) for _ in range(2))
+        optimizer.update(model, nnx.grad(judged)(model, critic, x, rngs), curvature_fn=fn)
+        return first.loss, again.loss
+
+    for number in range(2):
+        first, again = step(model, critic, optimizer, x, rngs)
+        assert float(first) == float(again)
+        assert int(rngs.default.count[...]) == number + 1
+
+
+def test_layers_with_a_parameter_in_common_are_left_out():
+    class Net(nnx.Module):
+        def __init__(self):
+            self.a, self.b, self.c = (nnx.Linear(5, 5, rngs=nnx.Rngs(i)) for i in range(3))
+            self.b.kernel = self.a.kernel
+
+        def __call__(self, x):
+            return self.c(self.b(nnx.relu(self.a(x))))
+
+    model, x = Net(), jnp.ones((4, 5))
+    layers = kfqn.find_nnx_layers(loss_fn, model, x, x)
+    assert [layer.path for layer in layers] == ["c"]
+    optimizer = nnx.Optimizer(model, kfqn.kbfgs(0.1, layers=layers), wrt=nnx.Param)
+    grads = nnx.grad(loss_fn)(model, x, x)
+    optimizer.update(model, grads, curvature_fn=kfqn.nnx_curvature_fn(loss_fn, model, x, x))
+
+
+def test_shapes_are_enough_to_find_layers():
+    abstract = nnx.eval_shape(lambda: Mlp(nnx.Rngs(0)))
+    x, targets = (jax.ShapeDtypeStruct((6, d), jnp.float64) for d in (5, 3))
+    layers = kfqn.find_nnx_layers(loss_fn, abstract, x, targets)
+    assert [layer.path for layer in layers] == ["Dense_0", "Dense_1"]
+
+
 def test_a_subclass_with_its_own_call_is_refused_by_name():
     class Doubled(nnx.Linear):
         def __call__(self, x):

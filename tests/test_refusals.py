@@ -72,6 +72,30 @@ def test_forward_mode_inside_the_loss():
         kfqn.curvature_fn(physics, params, x, targets)(params)
 
 
+@pytest.mark.parametrize("how", ["adversarial example", "penalty on the gradient"])
+def test_reverse_mode_inside_the_loss(how):
+    loss_fn, params, x, targets = problem()
+
+    def attacked(params, x, targets):
+        gradient = jax.grad(loss_fn, 1)(params, x, targets)
+        if how == "adversarial example":
+            return loss_fn(params, x + 0.1 * jax.lax.stop_gradient(gradient), targets)
+        return loss_fn(params, x, targets) + jnp.mean(gradient**2)
+
+    with pytest.raises(ValueError, match="attacked takes a derivative .* pass it as an argument"):
+        kfqn.curvature_fn(attacked, params, x, targets)
+
+
+def test_a_cast_of_all_parameters():
+    loss_fn, params, x, targets = problem()
+
+    def cast(params, x, targets):
+        return loss_fn(jax.tree.map(lambda p: p.astype(jnp.bfloat16), params), x, targets)
+
+    with pytest.raises(ValueError, match="casts all parameters to bfloat16.*'Dense_0'.*dtype="):
+        kfqn.curvature_fn(cast, params, x, targets)(params)
+
+
 def test_a_loss_that_compares_whole_trees():
     loss_fn, params, x, targets = problem()
 

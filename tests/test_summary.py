@@ -99,6 +99,34 @@ def test_bytes_add_up(dtype, how):
     assert {row["dtype"] for row in rows} == {jnp.dtype(dtype).name}
 
 
+def test_shapes_will_do():
+    params, layers = net()
+    tx = kfqn.kbfgs(0.1, layers=layers)
+    assert kfqn.summary(jax.eval_shape(tx.init, params), params) == kfqn.summary(
+        tx.init(params), params
+    )
+
+
+def test_a_path_that_ends_like_another():
+    """What is kept for enc/Dense_0 is not counted for Dense_0."""
+    _, dense, *_ = problem()
+    params = {**dense["params"], "enc": dense["params"]}
+    state = kfqn.kbfgs(0.1).init(params)
+    rows, total = rows_of(kfqn.summary(state, params))
+    kept = {row["parameter"]: number(row["state bytes"]) for row in rows}
+    assert kept["Dense_0/bias"] == kept["enc/Dense_0/bias"] == params["Dense_0"]["bias"].nbytes
+    assert 0 <= total - sum(kept.values()) < 30  # counters
+
+
+def test_two_states_of_ours():
+    _, params, *_ = problem()
+    labels = {"params": {"Dense_0": "a", "Dense_1": "b"}}
+    state = optax.partition({"a": kfqn.kbfgs(0.1), "b": kfqn.kfqn(0.1)}, labels).init(params)
+    rows, _ = rows_of(kfqn.summary(state, params))
+    assert {row["updated by"] for row in rows} == {"K-BFGS"}
+    assert kfqn.summary(state).splitlines()[2:] == kfqn.summary(state, params).splitlines()[2:]
+
+
 def test_without_params_shapes_of_the_fallback_are_blank():
     params, layers = net()
     state = kfqn.kbfgs(0.1, layers=layers).init(params)
