@@ -208,10 +208,27 @@ def measure_time(config, methods, rounds):
 
 
 def draw(path):
-    """The figure and the table of one problem: the best learning rate of each method."""
+    """The figure of one problem and network, where steps were timed, and its table."""
     results = json.loads(path.read_text())
     best = {method: min(runs, key=final) for method, runs in results["methods"].items()}
-    step_s = {method: results["time"][method]["median_s"] for method in best}
+    step_s = {method: of_method["median_s"] for method, of_method in results["time"].items()}
+    if step_s:
+        draw_figure(path.with_suffix(".png"), best, step_s)
+    steps = max(point["step"] for run in best.values() for point in run["curve"])
+    print(f"\n{path.stem}: {steps} steps of {results['config']['batch_size']}\n")
+    print("| method | learning rate | train loss | test loss | step, Adam's = 1 | state |")
+    print("|---|---|---|---|---|---|")
+    for method, run in sorted(best.items(), key=lambda item: final(item[1])):
+        last = run["curve"][-1]
+        ratio = f"{step_s[method] / step_s['adam']:.2f}" if step_s else "not timed"
+        print(
+            f"| {WORDS[method]} | {run['learning_rate']:g} | {last['train_loss']:.3f} | "
+            f"{last['test_loss']:.3f} | {ratio} | {run['state_bytes'] / 1e6:.1f} MB |"
+        )
+
+
+def draw_figure(path, best, step_s):
+    """Train loss against steps and seconds, for the best learning rate of each method."""
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     FigureCanvasAgg(figure)
     for axes, x in zip(figure.subplots(1, 2, sharey=True), ["steps", "seconds"], strict=True):
@@ -223,18 +240,7 @@ def draw(path):
         axes.grid(alpha=0.3)
     figure.axes[0].set_ylabel("train loss")
     figure.axes[0].legend()
-    figure.savefig(path.with_suffix(".png"), dpi=120)
-    steps = max(point["step"] for run in best.values() for point in run["curve"])
-    print(f"\n{path.stem}: {steps} steps of {results['config']['batch_size']}\n")
-    print("| method | learning rate | train loss | test loss | step, Adam's = 1 | state |")
-    print("|---|---|---|---|---|---|")
-    for method, run in sorted(best.items(), key=lambda item: final(item[1])):
-        last = run["curve"][-1]
-        print(
-            f"| {WORDS[method]} | {run['learning_rate']:g} | {last['train_loss']:.3f} | "
-            f"{last['test_loss']:.3f} | {step_s[method] / step_s['adam']:.2f} | "
-            f"{run['state_bytes'] / 1e6:.1f} MB |"
-        )
+    figure.savefig(path, dpi=120)
 
 
 def main():
