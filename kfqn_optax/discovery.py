@@ -88,13 +88,15 @@ class Discovery:
                 next to the kernels of some layers, given by path, and raises if it cannot; needed
                 where the place of a stack's axis cannot be told from shapes.
         """
-        return tuple(
+        settled = (
             self._settle(path, self._met[path], evaluate)
             for path in self._parameters
             if path in self._met and path not in self._refused
         )
+        return tuple(seen for seen in settled if seen is not None)
 
-    def _settle(self, path: str, met: _Met, evaluate: Callable) -> Seen:
+    def _settle(self, path: str, met: _Met, evaluate: Callable) -> Seen | None:
+        """The layer of a path; None if its parameters are not those that its call was given."""
         outer, call = self._parameters[path], met.call
         kernel, bias = outer[call.kernel_name], outer.get(call.bias_name)
         inner = {call.kernel_name: call.kernel.shape}
@@ -111,6 +113,8 @@ class Discovery:
             return True
 
         axes = _stack_axes(inner, shapes, traces)
+        if axes is None:
+            return None
         stack = axes[call.kernel_name]
 
         def view(name: str, of_one: MatrixView) -> MatrixView:
@@ -138,8 +142,8 @@ def _stack_axes(
     inner: Mapping[str, tuple[int, ...]],
     outer: Mapping[str, tuple[int, ...]],
     traces: Callable[[dict[str, tuple[int, ...]]], bool],
-) -> dict[str, tuple[int, ...]]:
-    """The axes of each parameter along which layers are stacked.
+) -> dict[str, tuple[int, ...]] | None:
+    """The axes of each parameter along which layers are stacked; None if no choice fits.
 
     Args:
         inner: shapes inside the layer, by name.
@@ -159,11 +163,7 @@ def _stack_axes(
         }
         if traces(dummies):
             return dict(zip(names, choice, strict=True))
-    raise ValueError(
-        f"parameters of shapes {dict(outer)} are used as {dict(inner)}, and it cannot be found out "
-        "along which axes layers are stacked. Leave this layer out of layers=, and it goes to the "
-        "fallback."
-    )
+    return None
 
 
 def _insertions(inner: tuple[int, ...], outer: tuple[int, ...]) -> list[tuple[int, ...]]:

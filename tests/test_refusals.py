@@ -243,6 +243,24 @@ def test_stacks_cannot_be_told_from_their_shapes_and_can_go_elsewhere(how):
     np.testing.assert_allclose(updates["params"]["stack"]["layers"]["kernel"], -0.1, rtol=1e-6)
 
 
+def test_a_kernel_that_is_transposed_before_its_use():
+    class Net(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            turned = nn.map_variables(
+                nn.Dense, "params", lambda tree: jax.tree.map(jnp.transpose, tree)
+            )
+            return nn.Dense(4)(turned(5, use_bias=False, name="turned")(x))
+
+    x = jnp.ones((4, 3))
+    params = {"params": {"turned": {"kernel": jnp.ones((5, 3))}}}
+    params["params"]["Dense_0"] = nn.Dense(4).init(jax.random.key(0), jnp.ones((4, 5)))["params"]
+    args = params, x, jnp.ones((4, 4))
+    assert [one.path for one in kfqn.find_layers(loss_of(Net()), *args)] == ["params/Dense_0"]
+    with pytest.raises(ValueError, match="measured no layer 'params/turned'"):
+        updated(loss_of(Net()), *args)
+
+
 def test_weight_norm_is_not_mistaken_for_a_dense_layer():
     class Net(nn.Module):
         @nn.compact
