@@ -11,6 +11,8 @@ import kfqn_optax as kfqn
 
 jax.config.update("jax_enable_x64", True)
 jax.config.update("jax_numpy_rank_promotion", "raise")
+# The time of the tests is compilation; the machine code of these tiny programs need not be fast.
+jax.config.update("jax_disable_most_optimizations", True)
 
 SHARED = Path(__file__).parents[1].parent / "shared"
 
