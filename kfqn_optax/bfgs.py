@@ -28,7 +28,7 @@ def inverse(A: jax.Array, damping: jax.Array) -> jax.Array:
     lower = jsl.cho_factor(damped, lower=True)
     H = jsl.cho_solve(lower, jnp.eye(d, dtype=A.dtype))
     H = (H + H.T) / 2
-    return jnp.where(jnp.all(jnp.isfinite(H)), H, jnp.diag(1 / jnp.diag(damped)))
+    return jnp.where(jnp.isfinite(jnp.sum(H)), H, jnp.diag(1 / jnp.diag(damped)))
 
 
 def update(H: jax.Array, pair: Pair, status: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -47,8 +47,22 @@ def update(H: jax.Array, pair: Pair, status: jax.Array) -> tuple[jax.Array, jax.
         H, and the status: `pairs.NOT_FINITE` now if the update itself would overflow. H comes back
         bit for bit unless the status is 0.
     """
+    step, status = change(pair, apply(H, pair.y), status)
+    return add(H, step), status
+
+
+def change(pair: Pair, Hy: jax.Array, status: jax.Array) -> tuple[Pair, jax.Array]:
+    """The vectors of one BFGS update: `update` is this and `add`.
+
+    Args:
+        pair: s and y, [d] each, damped.
+        Hy: the inverse times y, [d].
+        status: int32 scalar from `pairs.pair_status`.
+
+    Returns:
+        s and w of ``H + s w^T + w s^T``, both 0 unless the status is 0; and the status.
+    """
     s, y = pair
-    Hy = pairs.matmul(H, y)
     sy = pairs.dot(s, y)
     rho = 1 / jnp.where(sy > 0, sy, 1)
     w = (rho * pairs.dot(y, Hy) + 1) * rho / 2 * s - rho * Hy
@@ -56,10 +70,20 @@ def update(H: jax.Array, pair: Pair, status: jax.Array) -> tuple[jax.Array, jax.
     overflows = ~jnp.isfinite(largest)
     status = jnp.where((status == pairs.UPDATED) & overflows, pairs.NOT_FINITE, status)
     accept = status == pairs.UPDATED
-    s, w = jnp.where(accept, s, 0), jnp.where(accept, w, 0)
-    return H + (s[:, None] * w[None, :] + w[:, None] * s[None, :]), status
+    return Pair(jnp.where(accept, s, 0), jnp.where(accept, w, 0)), status
+
+
+def add(H: jax.Array, step: Pair) -> jax.Array:
+    """``H + s w^T + w s^T``: one pass over H, [d, d]."""
+    s, w = step
+    return H + (s[:, None] * w[None, :] + w[:, None] * s[None, :])
 
 
 def apply(H: jax.Array, vectors: jax.Array) -> jax.Array:
-    """H times the columns of ``vectors``, [d, k] -> [d, k]."""
-    return pairs.matmul(H, vectors)
+    """H times a vector [d], or the columns of ``vectors``, [d, k] -> [d, k]."""
+    return pairs.matvec(H, vectors) if vectors.ndim == 1 else pairs.matmul(H, vectors)
+
+
+def apply_to_rows(H: jax.Array, vectors: jax.Array) -> jax.Array:
+    """H, symmetric, times the rows of ``vectors``, [k, d] -> [k, d]."""
+    return pairs.matmul(vectors, H)

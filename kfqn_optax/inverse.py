@@ -34,6 +34,13 @@ def apply(H: Factor, vectors: jax.Array) -> jax.Array:
     return lbfgs.apply(H, vectors) if isinstance(H, Memory) else bfgs.apply(H, vectors)
 
 
+def apply_to_rows(H: Factor, vectors: jax.Array) -> jax.Array:
+    """H times the rows of a matrix, [k, d]; H is symmetric."""
+    if isinstance(H, jax.Array):
+        return bfgs.apply_to_rows(H, vectors)
+    return apply(H, vectors.T).T
+
+
 def update(H: Any, pair: Pair, status: jax.Array) -> tuple[Any, jax.Array]:
     """One pair for a dense or limited-memory factor; see `bfgs.update` and `lbfgs.update`."""
     return lbfgs.update(H, pair, status) if isinstance(H, Memory) else bfgs.update(H, pair, status)

@@ -239,18 +239,28 @@ def factor_dtype(dtype: Any) -> jnp.dtype:
     return jnp.promote_types(dtype, jnp.float32)
 
 
+def to_matrices(layer: Layer, leaves: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+    """A layer's kernel and bias as matrices, in the dtype of the factors.
+
+    Returns:
+        ``kernel``, [*blocks, d_in, d_out] without the row of the bias; ``bias``, [*blocks, 1,
+        d_out], if there is one.
+    """
+    kernel = leaves[layer.kernel_path]
+    dtype = factor_dtype(kernel.dtype)
+    matrices = {"kernel": layer.kernel.to_matrix(kernel.astype(dtype))}
+    if layer.bias is not None:
+        matrices["bias"] = layer.bias.to_matrix(leaves[layer.bias_path].astype(dtype))
+    return matrices
+
+
 def to_matrix(layer: Layer, leaves: Mapping[str, jax.Array]) -> jax.Array:
     """A layer's kernel and bias (or their gradients) as one matrix, [*blocks, d_in, d_out].
 
     In the dtype of the factors; the bias is the last row.
     """
-    kernel = leaves[layer.kernel_path]
-    dtype = factor_dtype(kernel.dtype)
-    matrix = layer.kernel.to_matrix(kernel.astype(dtype))
-    if layer.bias is None:
-        return matrix
-    bias = layer.bias.to_matrix(leaves[layer.bias_path].astype(dtype))
-    return jnp.concatenate([matrix, bias], axis=-2)
+    matrices = list(to_matrices(layer, leaves).values())
+    return jnp.concatenate(matrices, axis=-2) if len(matrices) > 1 else matrices[0]
 
 
 def from_matrix(layer: Layer, matrix: jax.Array) -> dict[str, jax.Array]:

@@ -100,7 +100,7 @@ def reduce(
         sums: over all rows of the batch, x the input without the constant 1 and d its length, each
             with an axis of blocks in front if the layer has blocks: ``inputs``, of x, [d];
             ``cotangents``, of the gradient of the (mean) loss at the output, [d_out];
-            ``roundings``, of its squares times their relative rounding error, [d_out]; ``rows``,
+            ``roundings``, of its squared length times its relative rounding error, [1]; ``rows``,
             their number, []; and, if wanted, ``moment``, of x x^T, [d, d] ([d], its diagonal, for a
             lookup), and ``product``, of x (x . v) for the vector v without its last entry, [d].
         examples: m, the number of examples.
@@ -123,7 +123,7 @@ def reduce(
             input_product=None if product is None else product / examples,
             input_mean=inputs / some_rows,
             cotangent_mean=sums["cotangents"] * (examples / some_rows),
-            cotangent_noise=jnp.sqrt(jnp.sum(sums["roundings"])) * (examples / some_rows),
+            cotangent_noise=jnp.sqrt(sums["roundings"][0]) * (examples / some_rows),
             rows=rows,
             examples=jnp.full_like(rows, examples),
         )

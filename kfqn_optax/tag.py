@@ -38,7 +38,7 @@ def tag(geometry: Any, output: jax.Array, inputs: jax.Array, entry: Entry) -> ja
 
             ``moment``: x x^T, x the row without the constant 1 of the bias;
             ``inputs``: x;  ``cotangents``: the cotangent g of the output row;  ``rows``: 1;
-            ``roundings``: e g^2, e the relative rounding error of g;
+            ``roundings``: e |g|^2, e the relative rounding error of g;
             ``product``: x (x . v), for the vector v under ``vector``.
 
     Returns:
@@ -61,7 +61,8 @@ def _tag_backward(geometry, residuals, cotangent):
 def _sums(geometry: Any, entry: Entry, inputs: jax.Array, cotangent: jax.Array) -> Entry:
     dtype = entry["rows"].dtype
     g = geometry.output_rows(cotangent, dtype)
-    # A plain constant would not be summed over an axis that vmap hides; this depends on g.
+    # A plain constant would not be summed over an axis that vmap hides; this depends on g, and XLA
+    # sees all the same that it is one.
     first = g[(slice(None), *[0] * (g.ndim - 1))]
     total = geometry.input_sum(inputs, dtype)
     eps = max(jnp.finfo(cotangent.dtype).eps, jnp.finfo(dtype).eps)
@@ -70,8 +71,8 @@ def _sums(geometry: Any, entry: Entry, inputs: jax.Array, cotangent: jax.Array) 
         "moment": lambda: geometry.moment(inputs, dtype),
         "product": lambda: geometry.product(inputs, entry[VECTOR].reshape(total.shape), dtype),
         "cotangents": lambda: jnp.sum(g, axis=0),
-        "roundings": lambda: jnp.sum(g**2, axis=0) * eps,
-        "rows": lambda: jnp.sum(jnp.where(first == 0, 1, 1).astype(dtype)),
+        "roundings": lambda: jnp.sum(g**2, axis=(0, -1)) * eps,
+        "rows": lambda: jnp.sum((first == 0) | True, dtype=dtype),
         VECTOR: lambda: jnp.zeros_like(entry[VECTOR]),
     }
     return {name: sums[name]().reshape(zeros.shape) for name, zeros in entry.items()}
@@ -163,7 +164,7 @@ def _inner_shape(seen: Seen, name: str) -> tuple[int, ...]:
     if name == "rows":
         return (1,)
     moment = (d,) if seen.layer.lookup else (d, d)
-    shapes = {"moment": moment, "cotangents": (d_out,), "roundings": (d_out,)}
+    shapes = {"moment": moment, "cotangents": (d_out,), "roundings": (1,)}
     return (*groups, *shapes.get(name, (d,)))
 
 

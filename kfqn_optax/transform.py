@@ -15,7 +15,7 @@ import optax
 from kfqn_optax import checks, factors, layer_state
 from kfqn_optax import layers as layers_lib
 from kfqn_optax.checks import MISSING
-from kfqn_optax.direction import constrain, precondition
+from kfqn_optax.direction import precondition
 from kfqn_optax.layer_state import LayerState
 from kfqn_optax.layers import Layer, named_leaves
 from kfqn_optax.options import Options, value_at
@@ -94,56 +94,43 @@ def quasi_newton(
         if curvature_fn is not None:
             measured = _ask(curvature_fn, params, moments=stored)
             checks.check_statistics(present, measured, given is None, weights, state.layers)
-        begun = {
-            layer.path: factors.begin(
-                layer,
-                state.layers[layer.path],
-                None if measured is None else measured.layers[layer.path],
-                options,
-            )
-            for layer in present
-        }
-        inputs = _input_factors(present, state.layers, begun, curvature_fn, params, options, root)
+        held = {layer.path: state.layers[layer.path] for layer in present}
+        begun = factors.begin(present, held, measured and measured.layers, options)
+        inputs = _input_factors(present, held, begun, curvature_fn, params, options, root)
         begun = {path: of_layer._replace(input=inputs[path]) for path, of_layer in begun.items()}
 
         # The direction, with both factors as the previous step left them.
-        directions = {}
-        for layer in present:
-            directions |= precondition(layer, begun[layer.path], gradients)
-        directions = constrain(directions, gradients, lr, options.norm_constraint)
+        directions = precondition(present, begun, gradients, lr, options.norm_constraint)
         updates = _like(updates, gradients | directions, dtypes=params)
         if measured is None or curvature_fn is None:
             return updates, ScaleByKBFGSState(count, begun)
 
-        # The same examples at the point that this step proposes.
-        probe = jax.tree.map(lambda p, u: (p - lr * u).astype(p.dtype), params, updates)
+        # The same examples at the point that this step proposes, in the words of
+        # `optax.scale_by_learning_rate` and `apply_updates`, so that XLA computes it once.
+        probe = jax.tree.map(lambda p, u: (p + (-1 * lr) * u).astype(p.dtype), params, updates)
         probed = _ask(curvature_fn, probe, moments=[])
         probe_weights = named_leaves(probe)
 
         # Each factor takes one pair; where A is not stored, from its product with a vector.
-        vectors = {
-            layer.path: factors.input_step(layer, begun[layer.path], measured.layers[layer.path])
-            for layer in present
-            if layer.path not in stored
-        }
+        unstored = [layer for layer in present if layer.path not in stored]
         products = {}
+        vectors = factors.input_steps(unstored, begun, measured.layers)
         if vectors:
             again = curvature_fn(params, moments=[], vectors=vectors)
             products = {path: again.layers[path].input_product for path in vectors}
-        learned = {}
-        for layer in present:
-            before = layers_lib.to_matrix(layer, weights)
-            learned[layer.path] = factors.learn(
+        changes = {
+            layer.path: factors.output_change(
                 layer,
-                begun[layer.path],
+                layers_lib.to_matrices(layer, weights),
+                layers_lib.to_matrices(layer, probe_weights),
                 measured.layers[layer.path],
                 probed.layers[layer.path],
-                products.get(layer.path),
-                before,
-                layers_lib.to_matrix(layer, probe_weights) - before,
-                options,
-                root,
             )
+            for layer in present
+        }
+        learned = factors.learn(
+            present, begun, measured.layers, probed.layers, products, changes, options, root
+        )
         return updates, ScaleByKBFGSState(count, learned)
 
     return optax.GradientTransformationExtraArgs(cast(Any, init_fn), cast(Any, update_fn))
@@ -174,17 +161,7 @@ def _input_factors(
         if unstored and curvature_fn is not None:
             measured = curvature_fn(params, moments=unstored)
             moments = {path: measured.layers[path].input_moment for path in unstored}
-        return {
-            layer.path: factors.start(
-                layer,
-                held[layer.path],
-                begun[layer.path],
-                moments.get(layer.path),
-                options,
-                root,
-            )
-            for layer in present
-        }
+        return factors.start(present, held, begun, moments, options, root)
 
     starting = [jnp.any(factors.starts(held[path], begun[path])) for path in begun]
     return jax.lax.cond(

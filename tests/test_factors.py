@@ -23,15 +23,29 @@ OPTIONS = Options(0.1, factor_decay=0.8, pair_decay=0.7)
 
 @functools.partial(jax.jit, static_argnames="options")
 def learn(state, measured, probed, weights, step, options):
-    root = jnp.asarray(DAMPING)
-    return factors.learn(LAYER, state, measured, probed, None, weights, step, options, root)
+    before, after = (
+        {"kernel": matrix[:3], "bias": matrix[3:]} for matrix in (weights, weights + step)
+    )
+    change = factors.output_change(LAYER, before, after, measured, probed)
+    learned = factors.learn(
+        [LAYER],
+        {"d": state},
+        {"d": measured},
+        {"d": probed},
+        {},
+        {"d": change},
+        options,
+        jnp.asarray(DAMPING),
+    )
+    return learned["d"]
 
 
 @jax.jit
 def begin(state, measured):
     """A step's beginning: A takes in the batch, and the input factor starts."""
-    begun = factors.begin(LAYER, state, measured, OPTIONS)
-    input_ = factors.start(LAYER, state, begun, None, OPTIONS, jnp.asarray(DAMPING))
+    begun = factors.begin([LAYER], {"d": state}, measured and {"d": measured}, OPTIONS)["d"]
+    root = jnp.asarray(DAMPING)
+    input_ = factors.start([LAYER], {"d": state}, {"d": begun}, {}, OPTIONS, root)["d"]
     return begun._replace(input=input_)
 
 
@@ -156,9 +170,10 @@ def test_the_change_of_a_large_mean_is_not_lost_in_float32():
     to32 = functools.partial(jax.tree.map, lambda v: v.astype(jnp.float32))
     weights, step = np.random.default_rng(0).normal(size=(2, 4, 3))
     state = to32(layer_state.init(LAYER, jnp.float64, OPTIONS))
-    step = np.float32(1e-6 * step)
+    weights = np.float32(weights)
+    step = np.float32(weights + np.float32(1e-6 * step)) - weights  # as float32 can take it
     probed = a._replace(cotangent_mean=statistics(1).cotangent_mean)
-    new = learn(state, to32(a), to32(probed), np.float32(weights), step, OPTIONS)
+    new = learn(state, to32(a), to32(probed), weights, step, OPTIONS)
     assert relative(new.s, 0.3 * (np.float64(step).T @ a.input_mean)) < 1e-5
 
 
