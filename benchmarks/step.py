@@ -1,6 +1,7 @@
 """What a step costs: K-BFGS and others as multiples of a plain forward and backward pass.
 
-    python benchmarks/step.py [--rounds 17] [--batch 1000] [--output benchmarks/results/step.json]
+    python benchmarks/step.py [--rounds 17] [--batch 1000] [--only NAME ...]
+        [--output benchmarks/results/step.json]
 
 All programs take turns in one process, so that whatever else the machine does hits them alike; the
 figure to read is the ratio of medians. The first two rounds are left out. Needs the core packages
@@ -43,14 +44,20 @@ def loss_fn(params, images):
 
 
 def candidates():
-    """By name: a transformation, and on which examples it measures curvature (None: on none)."""
-    ours = kfqn.kbfgs(0.3, 0.3, weight_decay=1e-5, norm_constraint=3.0)
+    """By name: a transformation, and on which examples it measures curvature (None: it takes no such argument)."""
+    settings = {"weight_decay": 1e-5, "norm_constraint": 3.0}
+    ours = kfqn.kbfgs(0.3, 0.3, **settings)
+    fast = kfqn.kfqn(0.8, 0.3, output_memory=20, **settings)
     return {
         "adam": (optax.adam(1e-3), None),
         "sgd with momentum": (optax.sgd(1e-3, momentum=0.9), None),
         "muon": (optax.contrib.muon(1e-3), None),
         "kbfgs": (ours, "all"),
         "kbfgs, curvature from a tenth of the batch": (ours, "tenth"),
+        "kbfgs_l": (kfqn.kbfgs_l(0.3, 0.3, **settings), "all"),
+        "kfqn": (kfqn.kfqn(0.3, 0.3, **settings), "all"),
+        "kfqn, a tenth of the batch, output_memory=20": (fast, "tenth"),
+        "kbfgs, factors kept (curvature_fn=None)": (ours, "none"),
     }
 
 
@@ -60,7 +67,9 @@ def make_step(tx, measured):
         extra = {}
         if measured is not None:
             part = images if measured == "all" else images[: len(images) // 10]
-            extra["curvature_fn"] = kfqn.curvature_fn(loss_fn, params, part)
+            extra["curvature_fn"] = (
+                None if measured == "none" else kfqn.curvature_fn(loss_fn, params, part)
+            )
         updates, state = tx.update(grads, state, params, **extra)
         return optax.apply_updates(params, updates), state, loss
 
@@ -84,6 +93,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=17)
     parser.add_argument("--batch", type=int, default=1000)
+    parser.add_argument("--only", nargs="+", default=list(candidates()), help="which candidates")
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
 
@@ -92,7 +102,8 @@ def main():
     plain, plain_compile = compiled(jax.jit(jax.value_and_grad(loss_fn)), params, images)
     seconds, rows, running = {"plain": []}, {}, {}
     rows["plain"] = {"compile_s": plain_compile, "gflop": plain.cost_analysis()["flops"] / 1e9}
-    for name, (tx, measured) in candidates().items():
+    for name in options.only:
+        tx, measured = candidates()[name]
         state = tx.init(params)
         program, compile_s = compiled(make_step(tx, measured), params, state, images)
         state_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
@@ -100,6 +111,7 @@ def main():
             "compile_s": compile_s,
             "gflop": program.cost_analysis()["flops"] / 1e9,
             "state_mb": state_bytes / 1e6,
+            "temporary_mb": program.memory_analysis().temp_size_in_bytes / 1e6,
         }
         running[name] = (program, jax.tree.map(jnp.copy, params), state)
         seconds[name] = []
@@ -126,9 +138,10 @@ def main():
     }
     print(facts)
     columns = ["ratio", "slowest_ratio", "median_s", "compile_s", "gflop", "state_mb"]
-    print(" " * 44 + "".join(f"{column:>15}" for column in columns))
+    columns.append("temporary_mb")
+    print(" " * 46 + "".join(f"{column:>15}" for column in columns))
     for name, row in rows.items():
-        print(f"{name:44}" + "".join(f"{row.get(column, 0):15.3g}" for column in columns))
+        print(f"{name:46}" + "".join(f"{row.get(column, 0):15.3g}" for column in columns))
     if options.output:
         options.output.parent.mkdir(parents=True, exist_ok=True)
         options.output.write_text(json.dumps({**facts, "rows": rows}, indent=2) + "\n")

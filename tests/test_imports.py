@@ -101,6 +101,7 @@ def test_a_room_imports_only_rooms_above_it():
         "loss": set(),
         "matrix": set(),
         "geometry": set(),
+        "packed": set(),
         "pairs": set(),
         "bfgs": {"pairs"},
         "lbfgs": {"pairs"},
@@ -118,7 +119,8 @@ def test_a_room_imports_only_rooms_above_it():
         "nnx": {"discovery", "layers", "loss", "nnx_kinds", "statistics", "tag"},
         "layer_state": {"options", "layers", "pairs", "bfgs", "lbfgs", "inverse"},
         "factors": {
-            "options", "layers", "layer_state", "statistics", "pairs", "bfgs", "lbfgs", "inverse",
+            "options", "layers", "layer_state", "statistics", "packed", "pairs", "bfgs", "lbfgs",
+            "inverse",
         },
         "direction": {"options", "layers", "layer_state", "inverse"},
     }  # fmt: skip
