@@ -15,9 +15,10 @@ from tensorboardX.proto.event_pb2 import Event
 import kfqn_optax as kfqn
 from kfqn_optax.experiment import plots, steps
 from kfqn_optax.experiment.config import ConfigError
+from kfqn_optax.experiment.losses import NonFiniteLoss
 from kfqn_optax.experiment.optimizers import make_optimizer
 from kfqn_optax.experiment.problems import PROBLEMS, make_problem, squared_norm
-from kfqn_optax.experiment.train import NonFiniteLoss, train
+from kfqn_optax.experiment.train import train
 from kfqn_optax.experiment.workdir import METRICS
 
 SAVE = plots.save
