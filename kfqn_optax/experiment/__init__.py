@@ -15,7 +15,8 @@ One way through the rooms, left to right:
 * `checkpoints`: where a run goes on after a kill. `leaves` makes named arrays of its state,
   `fingerprint` says what run they are of, `sums` whether their files are sound.
 * `progress`: what a person sees meanwhile.
-* `workdir`: the files of a run, written and read back; `atomic` writes one whole or not at all.
+* `workdir`: the files of a run, written and read back; `atomic` writes one whole or not at all,
+  `events` those of TensorBoard.
 * `plots`: figures and the table.
 * `cli`: the commands `kfqn-train` and `kfqn-compare`.
 

@@ -20,11 +20,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
-from tensorboardX import SummaryWriter
 
 from kfqn_optax.experiment import plots
 from kfqn_optax.experiment.atomic import replace
 from kfqn_optax.experiment.config import differences
+from kfqn_optax.experiment.events import Events
 
 _COMMON = ("epoch", "step", "seconds", "train_loss", "test_loss")
 METRICS = (*_COMMON, "train_mse", "test_mse")
@@ -152,19 +152,12 @@ class Recorder:
         self.folder.mkdir(parents=True, exist_ok=True)
         self.text("config.json", json.dumps(config.to_dict(), indent=2) + "\n")
         self._run = Run(self.folder, config.to_dict(), [])
-        # TensorBoard hides what older files hold from this step on.
-        purge_step = history[-1]["step"] + 1 if history else 0
-        older = len(list(self.folder.glob("events.out.tfevents.*")))
         if history is not None:
             lines = [{name: record[name] for name in metric_names(record)} for record in history]
             self._run.metrics.extend(lines)
             self.text("metrics.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
-        self._events = SummaryWriter(
-            logdir=str(self.folder),
-            write_to_disk=True,
-            purge_step=None if history is None else purge_step,
-            filename_suffix=f".{older}" if older else "",
-        )
+        restart = history[-1]["step"] + 1 if history else 0
+        self._events = Events(self.folder, None if history is None else restart)
 
     def __enter__(self) -> "Recorder":
         return self
@@ -189,12 +182,9 @@ class Recorder:
             file.write(json.dumps(line) + "\n")
 
         step = metrics["step"]
-        for name in list(line)[2:]:
-            self._events.add_scalar(name, line[name], step)
-        for back, loss in enumerate(reversed(batch_losses)):
-            self._events.add_scalar("batch_loss", loss, step - back)
-        self._events.flush()
-
+        self._events.add((name, line[name], step) for name in list(line)[2:])
+        first = step - len(batch_losses) + 1
+        self._events.add(("batch_loss", x, first + i) for i, x in enumerate(batch_losses))
         plots.save(plots.losses_figure(self._run), self.folder / "losses.png")
 
 
