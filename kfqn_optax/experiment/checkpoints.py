@@ -172,20 +172,18 @@ class Checkpoints:
         expected = outlines(template)
         needed = sum(array.nbytes for array in expected.values())
         sums.verify(path, most_bytes=2 * needed + _LONGEST)
-        try:
+        with _reading():
             metadata = ocp.metadata(str(path), checkpointable_name=_STATE)
-        except Exception as error:
-            raise Refused(f"cannot be read by Orbax: {_first_line(error)}") from error
         about: Any = metadata.custom_metadata
         if why := mismatch(about, self._facts, self._config):
             raise Refused(why)
         position = _position(about.get("position"), int(path.name), steps_per_epoch)
-        if _shapes(metadata.metadata) != _shapes(expected):
+        with _reading():
+            shapes = _shapes(metadata.metadata)
+        if shapes != _shapes(expected):
             raise Refused("says one thing of its arrays and holds another")
-        try:
+        with _reading():
             arrays = ocp.load(str(path), expected, checkpointable_name=_STATE)
-        except Exception as error:
-            raise Refused(f"cannot be read by Orbax: {_first_line(error)}") from error
         return from_arrays(template, arrays), position
 
     def _entries(self) -> list[re.Match[str]]:
@@ -253,6 +251,16 @@ def _no_tracebacks() -> Iterator[None]:
         yield
     finally:
         logger.setLevel(level)
+
+
+@contextlib.contextmanager
+def _reading() -> Iterator[None]:
+    """What Orbax raises over a checkpoint, of which there is no list, refuses it."""
+    try:
+        with _no_tracebacks():
+            yield
+    except Exception as error:
+        raise Refused(f"cannot be read by Orbax: {_first_line(error)}") from error
 
 
 def _lock(folder: Path) -> int | None:

@@ -64,7 +64,9 @@ def _files(folder: Path) -> list[str]:
         raise Refused("is a link, not a folder")
     found, waiting = [], [folder]
     while waiting:
-        for entry in os.scandir(waiting.pop()):
+        with os.scandir(waiting.pop()) as listing:
+            entries = list(listing)
+        for entry in entries:
             name = Path(entry.path).relative_to(folder.parent).as_posix()
             if entry.is_dir(follow_symlinks=False):
                 waiting.append(Path(entry.path))
