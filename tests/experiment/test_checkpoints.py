@@ -447,7 +447,9 @@ def test_a_full_disk(tmp_path, monkeypatch):
 
 
 def _run(code):
-    code = f"import sys; sys.path[:0] = {sys.path!r}; import test_checkpoints as t\n{code}"
+    code = (
+        f"import sys; sys.path[:0] = {sys.path!r}; import conftest, test_checkpoints as t\n{code}"
+    )
     return subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, timeout=300, check=True
     )
