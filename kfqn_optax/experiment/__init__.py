@@ -10,8 +10,13 @@ One way through the rooms, left to right:
 * `optimizers`: the Optax transformation that a config names.
 * `steps`: what runs on the device: training step, warm start, evaluation.
 * `train`: the loop over epochs and the clock.
+* `losses`: the losses of the steps, and the end of a run that diverges.
+* `stop`: SIGTERM and Ctrl-C.
+* `checkpoints`: where a run goes on after a kill. `leaves` makes named arrays of its state,
+  `fingerprint` says what run they are of, `sums` whether their files are sound.
 * `progress`: what a person sees meanwhile.
-* `workdir`: the files of a run, written and read back.
+* `workdir`: the files of a run, written and read back; `atomic` writes one whole or not at all,
+  `events` those of TensorBoard.
 * `plots`: figures and the table.
 * `cli`: the commands `kfqn-train` and `kfqn-compare`.
 

@@ -1,10 +1,12 @@
 """The commands `kfqn-train` and `kfqn-compare`.
 
     kfqn-train --config configs/curves.py --workdir runs/first --config.damping=0.1
+    kfqn-train --config configs/curves.py --workdir runs/first --config.damping=0.1  # goes on
     kfqn-compare runs/first runs/second --output compare.png
 
 What the caller can mend is one sentence on standard error and exit status 1 (2 for a command line
-that cannot be read); anything else is a fault of the program and keeps its traceback.
+that cannot be read); a run that a signal stopped has 128 and the signal's number, 143 for SIGTERM
+and 130 for Ctrl-C; anything else is a fault of the program and keeps its traceback.
 """
 
 import argparse
@@ -19,7 +21,9 @@ from ml_collections import ConfigDict, config_flags
 from kfqn_optax.experiment import plots
 from kfqn_optax.experiment import train as training
 from kfqn_optax.experiment.config import KEYS, ConfigError, check, unknown_key
-from kfqn_optax.experiment.workdir import RunError, read_run, refuse_taken
+from kfqn_optax.experiment.losses import NonFiniteLoss
+from kfqn_optax.experiment.stop import Stopped
+from kfqn_optax.experiment.workdir import RunError, continues, read_run
 
 
 class _UsageError(Exception):
@@ -56,9 +60,12 @@ def _in_a_sentence(program: str, run: Callable[[list[str]], None], argv: list[st
     except _UsageError as error:
         print(f"{program}: {error}", file=sys.stderr)
         return 2
-    except (ConfigError, RunError, training.NonFiniteLoss, OSError) as error:
+    except (ConfigError, RunError, NonFiniteLoss, OSError) as error:
         print(f"{program}: {error}", file=sys.stderr)
         return 1
+    except Stopped as error:
+        print(f"{program}: {error}", file=sys.stderr)
+        return error.status
     except KeyboardInterrupt:
         print(f"{program}: interrupted; what is written is kept.", file=sys.stderr)
         return 130
@@ -72,13 +79,13 @@ def _train(argv: list[str]) -> None:
     config, workdir = read_command_line(argv)
     check(config)
     # Before the data are loaded, which may take a while; `train` does both again.
-    refuse_taken(workdir)
+    continues(workdir, config)
     try:
         dataset = training.load_dataset(config)
     except ValueError as error:
         raise ConfigError(str(error)) from error
     training.train(config, workdir, dataset)
-    print(f"wrote {Path(workdir) / 'metrics.jsonl'} and {Path(workdir) / 'losses.png'}")
+    print(f"see {Path(workdir) / 'metrics.jsonl'} and {Path(workdir) / 'losses.png'}")
 
 
 def read_command_line(argv: list[str]) -> tuple[ConfigDict, str]:
@@ -119,7 +126,8 @@ def _train_help() -> str:
     lines = [
         "usage: kfqn-train --config FILE --workdir DIR [--config.KEY=VALUE ...]",
         "",
-        "Trains a network as a config file says. The keys, with their defaults:",
+        "Trains a network as a config file says, or goes on with the run that DIR holds, if it was",
+        "broken off and has the same config. The keys, with their defaults:",
         "",
     ]
     for name, key in KEYS.items():

@@ -7,7 +7,7 @@ checks, and for the help of `kfqn-train`.
 
 import difflib
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict, config_dict
@@ -28,22 +28,24 @@ class Key(NamedTuple):
         meaning: what the value does, for people.
         rule: the values allowed, in words, to follow "must be".
         allowed: the same rule as a function.
+        free: whether a run may be continued with another value, because no number that it writes
+            depends on it.
     """
 
     default: Any
     meaning: str
     rule: str
     allowed: Callable[[Any], bool]
+    free: bool = False
 
 
 def _one_of(default: str, names: Iterable[str], meaning: str) -> Key:
     return Key(default, meaning, "one of " + ", ".join(names), lambda value: value in names)
 
 
-def _whole(default: int, meaning: str, least: int) -> Key:
-    return Key(
-        default, meaning, f"a whole number of at least {least}", lambda value: value >= least
-    )
+def _whole(default: int, meaning: str, least: int, free: bool = False) -> Key:
+    rule = f"a whole number of at least {least}"
+    return Key(default, meaning, rule, lambda value: value >= least, free)
 
 
 def _positive(default: float, meaning: str) -> Key:
@@ -54,8 +56,8 @@ def _decay(default: float, meaning: str) -> Key:
     return Key(default, meaning, "at least 0 and below 1", lambda value: 0 <= value < 1)
 
 
-def _switch(default: bool, meaning: str) -> Key:
-    return Key(default, meaning, "True or False", lambda value: True)
+def _switch(default: bool, meaning: str, free: bool = False) -> Key:
+    return Key(default, meaning, "True or False", lambda value: True, free)
 
 
 KEYS = {
@@ -68,8 +70,9 @@ KEYS = {
         "folder with the raw data files; unset: the manual folder of TFDS",
         "text",
         lambda value: True,
+        free=True,
     ),
-    "download": _switch(False, "whether data may be fetched from the network"),
+    "download": _switch(False, "whether data may be fetched from the network", free=True),
     "train_examples": _whole(0, "use only so many training examples; 0: all", 0),
     "optimizer": _one_of("kbfgs", OPTIMIZERS, "the training rule"),
     "learning_rate": _positive(0.3, "step size; 0.3 suits kbfgs, adam wants about 0.001"),
@@ -114,7 +117,7 @@ KEYS = {
     "warm_start": _switch(True, "kbfgs, kbfgs_l: second moments from the whole train set first"),
     "curvature_examples": _whole(0, "measure curvature on so many of the batch; 0: all", 0),
     "batch_size": _whole(1000, "examples a step", 1),
-    "epochs": _whole(20, "passes over the training examples", 1),
+    "epochs": _whole(20, "passes over the training examples", 1, free=True),
     "seed": Key(
         0,
         "seed of the initial weights and the data order",
@@ -124,6 +127,10 @@ KEYS = {
     "eval_batch_size": _whole(
         1000, "examples at a time in evaluation; changes memory, not results", 1
     ),
+    "checkpoint_every": _whole(
+        500, "steps from one checkpoint to the next; 0: none, nothing to continue", 0, free=True
+    ),
+    "keep_checkpoints": _whole(2, "so many of the newest checkpoints are kept", 1, free=True),
 }
 
 
@@ -141,6 +148,23 @@ def unknown_key(name: str) -> ConfigError:
     near = difflib.get_close_matches(name, KEYS, n=1, cutoff=0.5)
     hint = f"did you mean {near[0]!r}?" if near else f"the keys are {', '.join(KEYS)}."
     return ConfigError(f"config has no key {name!r}; {hint}")
+
+
+def differences(found: Mapping[str, Any], config: Config) -> list[str]:
+    """What keeps a config from continuing a run of another one.
+
+    Args:
+        found: the other run's config.
+        config: a checked config.
+
+    Returns:
+        The keys that differ, both values with each; keys that are `free` are not compared.
+    """
+    return [
+        f"{name} ({found.get(name, 'missing')!r} there, {config[name]!r} here)"
+        for name, key in KEYS.items()
+        if not key.free and (name not in found or found[name] != config[name])
+    ]
 
 
 def check(config: Config) -> None:

@@ -22,6 +22,8 @@ from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, ScalarForm
 from rich.console import Console
 from rich.table import Table
 
+from kfqn_optax.experiment.atomic import replace
+
 # Okabe and Ito's colours, which people with any colour vision can tell apart; yellow left out.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 _GREY = "#555555"
@@ -82,12 +84,9 @@ def compare_figure(runs: Sequence[Any]) -> Figure:
 
 def save(figure: Figure, path: str | os.PathLike) -> None:
     """Writes a figure as PNG in one stroke: a reader sees the old file or the new, whole."""
-    path = Path(path)
     image = io.BytesIO()
     figure.savefig(image, format="png")
-    unfinished = path.with_name(f".{path.name}.unfinished")
-    unfinished.write_bytes(image.getvalue())
-    os.replace(unfinished, path)
+    replace(Path(path), image.getvalue())
 
 
 def loss_at(run: Any, seconds: float) -> float:

@@ -1,15 +1,21 @@
-"""Training: a loop over epochs, with an honest clock.
+"""Training: a loop over epochs, with an honest clock, that a kill may break off anywhere.
 
 Everything is compiled before the clock starts, and the clock runs only while steps (or the warm
-start) do: not during compilation, evaluation or plotting.
+start) do: not during compilation, evaluation, plotting or the writing of checkpoints.
+
+What a step does depends on its training state, on the seed and on the numbers of its epoch and
+batch, on nothing else. So a run that goes on from a checkpoint ends with the same bits as one that
+was never broken off.
 """
 
+import contextlib
+import dataclasses
+import itertools
 import json
-import math
 import os
 import platform
 import time
-from collections import deque
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -17,7 +23,10 @@ import numpy as np
 
 import kfqn_optax as kfqn
 from kfqn_optax.experiment import datasets
+from kfqn_optax.experiment.checkpoints import Checkpoints, Position
 from kfqn_optax.experiment.config import ConfigError, check
+from kfqn_optax.experiment.fingerprint import fingerprint
+from kfqn_optax.experiment.losses import LaggedLosses, refuse_non_finite
 from kfqn_optax.experiment.optimizers import Config, make_optimizer
 from kfqn_optax.experiment.plots import label
 from kfqn_optax.experiment.problems import Batch, Params, Problem, make_problem
@@ -31,16 +40,8 @@ from kfqn_optax.experiment.steps import (
     take,
     warm_start,
 )
-from kfqn_optax.experiment.workdir import Recorder, refuse_taken
-
-_ADVICE = (
-    "training stopped, the epochs before are kept. "
-    "Try a smaller learning_rate or, with kbfgs, a larger damping."
-)
-
-
-class NonFiniteLoss(ArithmeticError):
-    """Training went to infinity or NaN; the message names the step."""
+from kfqn_optax.experiment.stop import Stopped, StopRequest
+from kfqn_optax.experiment.workdir import Recorder, continues, refuse_lost
 
 
 def train(config: Config, workdir: str | os.PathLike, dataset: Any = None) -> list[dict]:
@@ -50,11 +51,12 @@ def train(config: Config, workdir: str | os.PathLike, dataset: Any = None) -> li
     over its pixels, of a text averaged over its places, plus weight_decay/2 |w|^2: the number that
     the authors of K-BFGS print. The optimizer itself is given the data loss and the weight decay
     apart. Mean squared errors are averages over images and pixels. `seconds` counts the warm start
-    and the steps.
+    and the steps; in a run that was continued it goes on from the checkpoint.
 
     Args:
         config: see `config.KEYS`.
-        workdir: a folder that holds no run yet; made if it is missing.
+        workdir: a folder that holds no run yet, made if it is missing; or one with a run of the
+            same config, which is continued from its newest sound checkpoint.
         dataset: the examples, with the attributes of `datasets.load`'s result; loaded if left out.
 
     Returns:
@@ -62,11 +64,13 @@ def train(config: Config, workdir: str | os.PathLike, dataset: Any = None) -> li
 
     Raises:
         ConfigError: the config cannot be run, alone or with these examples.
-        FileExistsError: `workdir` holds a run.
+        FileExistsError: `workdir` holds a run of another config, or one without checkpoints.
+        RunError: none of the checkpoints can be used, or one cannot be written.
         NonFiniteLoss: a loss was not finite. The files of the epochs before are kept.
+        Stopped: a signal came; a checkpoint was written, unless `config.checkpoint_every` is 0.
     """
     check(config)
-    refuse_taken(workdir)
+    continuing = continues(workdir, config)
     problem = make_problem(config)
     if dataset is None:
         dataset = load_dataset(config)
@@ -77,7 +81,7 @@ def train(config: Config, workdir: str | os.PathLike, dataset: Any = None) -> li
     optimizer = make_optimizer(
         config, lambda: problem.layers(params, take(examples, slice(2)), model_state)
     )
-    opt_state = optimizer.transformation.init(params)
+    state = TrainState(params, optimizer.transformation.init(params), model_state)
     measure = make_evaluate(
         problem,
         examples,
@@ -87,52 +91,138 @@ def train(config: Config, workdir: str | os.PathLike, dataset: Any = None) -> li
     )
     facts = _facts(dataset, params, config.batch_size)
     steps = facts["steps_per_epoch"]
-    history = []
 
     with (
-        Recorder(workdir, config) as recorder,
+        StopRequest() as stop,
         Display(config.epochs * steps, config.epochs) as display,
+        contextlib.ExitStack() as stack,
     ):
-
-        def finish(epoch: int, seconds: float, state: TrainState, losses: list[float]) -> None:
-            metrics = {"epoch": epoch, "step": epoch * steps, "seconds": seconds}
-            metrics |= measure(state.params, state.model_state)
-            _refuse_non_finite(metrics)
-            recorder.epoch(metrics, losses)
-            display.epoch(metrics)
-            history.append(metrics)
+        checkpoints, found = None, None
+        if continuing or config.checkpoint_every:
+            checkpoints = stack.enter_context(
+                Checkpoints(workdir, fingerprint(config, dataset, state), config)
+            )
+        if continuing and checkpoints:
+            found = checkpoints.newest(state, steps, display.say)
+            if found is None:
+                refuse_lost(workdir)
+        position = found[1] if found else Position(0, 0, seconds=0.0, losses=[], history=[])
+        if found and position.epoch >= config.epochs:
+            display.say(
+                f"the run in {workdir} is finished: it has {position.epoch} epochs, and "
+                f"config.epochs is {config.epochs}. Raise config.epochs to go on."
+            )
+            return position.history
+        recorder = stack.enter_context(
+            Recorder(workdir, config, position.history if continuing else None)
+        )
+        run = _Run(config, examples, steps, measure, recorder, display, checkpoints, stop)
 
         display.say(_opening(config, problem, dataset, facts))
         if optimizer.takes_curvature:
-            recorder.text("summary.txt", str(kfqn.summary(opt_state, params)).rstrip() + "\n")
-        state = TrainState(params, opt_state, model_state)
-        finish(0, 0.0, state, [])
-
-        seconds, compile_seconds = 0.0, 0.0
-        if optimizer.warm_starts and config.warm_start:
-            opt_state, seconds, compile_seconds = warm_start(
-                opt_state, problem, params, examples, config.batch_size, model_state
-            )
-            state = TrainState(params, opt_state, model_state)
+            summary = kfqn.summary(state.opt_state, params)
+            recorder.text("summary.txt", str(summary).rstrip() + "\n")
+        compile_seconds = 0.0
+        if found:
+            state = found[0]
+            display.say(_going_on(position, steps))
+        else:
+            position = run.measured(0, state, position)
+            if optimizer.warm_starts and config.warm_start:
+                opt_state, seconds, compile_seconds = warm_start(
+                    state.opt_state, problem, params, examples, config.batch_size, model_state
+                )
+                state = TrainState(params, opt_state, model_state)
+                position = Position(0, 0, seconds, [], position.history)
         start = time.perf_counter()
         step = compile_step(problem, optimizer, config, state, examples)
         compile_seconds += time.perf_counter() - start
         display.say(f"compiled in {compile_seconds:.1f} s")
-        facts["compile_seconds"] = compile_seconds
-        recorder.text("run.json", json.dumps(facts, indent=2) + "\n")
+        recorder.text(
+            "run.json", json.dumps(facts | {"compile_seconds": compile_seconds}, indent=2) + "\n"
+        )
+        stop.defer()
+        if not found:
+            # A disk that is full or cannot be written to shows now, not after hours.
+            run.save(state, position)
+        return run.train(step, state, position)
 
-        for epoch in range(1, config.epochs + 1):
-            losses = LaggedLosses(first_step=(epoch - 1) * steps + 1)
+
+@dataclasses.dataclass(frozen=True)
+class _Run:
+    """What the loop over epochs works with."""
+
+    config: Config
+    examples: Batch
+    steps: int
+    measure: Callable[..., dict[str, float]]
+    recorder: Recorder
+    display: Display
+    checkpoints: Checkpoints | None
+    stop: StopRequest
+
+    def train(
+        self, step: Callable[..., Any], state: TrainState, position: Position
+    ) -> list[dict[str, Any]]:
+        """Takes all steps that are left and returns the metrics of the whole run."""
+        config = self.config
+        while position.epoch < config.epochs:
+            order = epoch_batches(
+                config.seed, position.epoch + 1, count(self.examples), config.batch_size
+            )
+            losses = LaggedLosses(position.epoch * self.steps + 1, position.losses)
             start = time.perf_counter()
-            for batch in epoch_batches(config.seed, epoch, count(examples), config.batch_size):
-                state, loss = step(state, examples, batch)
+            for batch in itertools.islice(order, position.batch, None):
+                state, loss = step(state, self.examples, batch)
                 losses.add(loss)
-                display.step(losses.last_step, losses.latest)
+                self.display.step(losses.last_step, losses.latest)
+                if self._is_due(losses.last_step) or self.stop.signum is not None:
+                    break
             losses.fetch_all()
             jax.block_until_ready(state)
-            seconds += time.perf_counter() - start
-            finish(epoch, seconds, state, losses.values)
-    return history
+            position = Position(
+                epoch=position.epoch,
+                batch=len(losses.values),
+                seconds=position.seconds + time.perf_counter() - start,
+                losses=losses.values,
+                history=position.history,
+            )
+            if position.batch == self.steps:
+                position = self.measured(position.epoch + 1, state, position)
+            # Asked once: a signal from here on waits for the next step and its checkpoint.
+            stopping, ended = self.stop.signum is not None, position.epoch == config.epochs
+            if stopping or ended or self._is_due(losses.last_step):
+                self.save(state, position)
+            if stopping and not ended:
+                raise self._stopped(losses.last_step)
+        return position.history
+
+    def measured(self, epoch: int, state: TrainState, position: Position) -> Position:
+        """Measures at the end of an epoch, writes that down, and returns where the run is then."""
+        metrics = {"epoch": epoch, "step": epoch * self.steps, "seconds": position.seconds}
+        metrics |= self.measure(state.params, state.model_state)
+        refuse_non_finite(metrics)
+        self.recorder.epoch(metrics, position.losses)
+        self.display.epoch(metrics)
+        return Position(epoch, 0, position.seconds, [], [*position.history, metrics])
+
+    def save(self, state: TrainState, position: Position) -> None:
+        """Writes a checkpoint, if the config wants any."""
+        if self.checkpoints and self.config.checkpoint_every:
+            self.checkpoints.save(state, position, self.steps)
+
+    def _is_due(self, step: int) -> bool:
+        every = self.config.checkpoint_every
+        return every > 0 and step % every == 0
+
+    def _stopped(self, step: int) -> Stopped:
+        if self.config.checkpoint_every:
+            return self.stop.stopped(
+                f"after step {step}; a checkpoint is written, the same command goes on from it."
+            )
+        return self.stop.stopped(
+            f"after step {step}; config.checkpoint_every is 0, so there is nothing to go on from."
+        )
 
 
 def load_dataset(config: Config) -> Any:
@@ -143,46 +233,6 @@ def load_dataset(config: Config) -> Any:
         train_examples=config.train_examples or None,
         download=config.download,
     )
-
-
-class LaggedLosses:
-    """The losses of consecutive steps, fetched a few steps late so that the device never waits.
-
-    Attributes:
-        values: the losses fetched so far.
-        last_step: the number of the last step added.
-    """
-
-    LAG = 4
-
-    def __init__(self, first_step: int):
-        self.values: list[float] = []
-        self.last_step = first_step - 1
-        self._pending: deque[jax.Array] = deque()
-
-    @property
-    def latest(self) -> float | None:
-        """The last loss known."""
-        return self.values[-1] if self.values else None
-
-    def add(self, loss: jax.Array) -> None:
-        """Takes the loss of the next step and looks at the one `LAG` steps before."""
-        self.last_step += 1
-        self._pending.append(loss)
-        if len(self._pending) > self.LAG:
-            self._fetch()
-
-    def fetch_all(self) -> None:
-        """Looks at all losses not yet looked at."""
-        while self._pending:
-            self._fetch()
-
-    def _fetch(self) -> None:
-        step = self.last_step - len(self._pending) + 1
-        loss = float(self._pending.popleft())
-        if not math.isfinite(loss):
-            raise NonFiniteLoss(f"the training loss at step {step} is {loss}; {_ADVICE}")
-        self.values.append(loss)
 
 
 def _on_device(examples: Batch) -> Batch:
@@ -208,15 +258,6 @@ def _check_fit(config: Config, problem: Problem, dataset: Any) -> None:
         )
 
 
-def _refuse_non_finite(metrics: dict[str, Any]) -> None:
-    """Catches what the last step of an epoch did, which no later batch has seen."""
-    for name in ("train_loss", "test_loss"):
-        if not math.isfinite(metrics[name]):
-            raise NonFiniteLoss(
-                f"the {name} after step {metrics['step']} is {metrics[name]}; {_ADVICE}"
-            )
-
-
 def _facts(dataset: Any, params: Params, batch_size: int) -> dict[str, Any]:
     device = jax.devices()[0]
     return {
@@ -240,3 +281,8 @@ def _opening(config: Config, problem: Problem, dataset: Any, facts: dict[str, An
         f"{config.epochs} epochs of {facts['steps_per_epoch']} steps of {config.batch_size}\n"
         f"device     {facts['device']}"
     )
+
+
+def _going_on(position: Position, steps: int) -> str:
+    line = f"going on from step {position.epoch * steps + position.batch}"
+    return line + f", after {position.seconds:.1f} s of training"

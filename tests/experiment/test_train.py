@@ -1,23 +1,23 @@
 """Training on a tiny problem: results, files, clock, refusals."""
 
 import json
-import struct
 import time
 
+import event_files
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 import tiny
-from tensorboardX.proto.event_pb2 import Event
 
 import kfqn_optax as kfqn
 from kfqn_optax.experiment import plots, steps
 from kfqn_optax.experiment.config import ConfigError
+from kfqn_optax.experiment.losses import NonFiniteLoss
 from kfqn_optax.experiment.optimizers import make_optimizer
 from kfqn_optax.experiment.problems import PROBLEMS, make_problem, squared_norm
-from kfqn_optax.experiment.train import NonFiniteLoss, train
+from kfqn_optax.experiment.train import train
 from kfqn_optax.experiment.workdir import METRICS
 
 SAVE = plots.save
@@ -32,19 +32,6 @@ def _tiny_problem(monkeypatch):
 
 def _lines(workdir):
     return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-
-
-def _events(workdir):
-    """Returns {tag: {step: value}}, read record by record: length, checksum, data, checksum."""
-    (path,) = workdir.glob("events.out.tfevents.*")
-    content, scalars = path.read_bytes(), {}
-    while content:
-        (length,) = struct.unpack("<Q", content[:8])
-        event = Event.FromString(content[12 : 12 + length])
-        content = content[16 + length :]
-        for value in event.summary.value:
-            scalars.setdefault(value.tag, {})[event.step] = value.simple_value
-    return scalars
 
 
 @pytest.mark.parametrize(
@@ -71,7 +58,7 @@ def test_files_of_a_run(tmp_path, monkeypatch):
     assert [(line["epoch"], line["step"]) for line in lines] == [(0, 0), (1, 4), (2, 8)]
     assert lines[0]["seconds"] == 0 < lines[1]["seconds"] < lines[2]["seconds"]
 
-    events = _events(tmp_path)
+    events = event_files.shown(tmp_path)
     assert set(events) == {*METRICS[2:], "batch_loss"}
     for line in lines:
         np.testing.assert_allclose(events["test_loss"][line["step"]], line["test_loss"], rtol=1e-6)
@@ -253,7 +240,7 @@ def test_non_finite_loss_names_the_step(tmp_path, monkeypatch):
     lines = _lines(tmp_path)
     assert [line["epoch"] for line in lines] == list(range((step - 1) // 4 + 1))
     assert all(np.isfinite(line["train_loss"]) for line in lines)
-    assert sorted(_events(tmp_path)["train_loss"]) == [line["step"] for line in lines]
+    assert sorted(event_files.shown(tmp_path)["train_loss"]) == [line["step"] for line in lines]
 
 
 def test_non_finite_after_the_last_step(tmp_path):

@@ -1,0 +1,70 @@
+"""The losses of steps, looked at one by one, and refused when they are no numbers any more."""
+
+import math
+from collections import deque
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+
+_ADVICE = (
+    "training stopped, the epochs before are kept. "
+    "Try a smaller learning_rate or, with kbfgs, a larger damping."
+)
+
+
+class NonFiniteLoss(ArithmeticError):
+    """Training went to infinity or NaN; the message names the step."""
+
+
+class LaggedLosses:
+    """The losses of consecutive steps, fetched a few steps late so that the device never waits.
+
+    Args:
+        first_step: the number of the first step.
+        values: the losses of the first steps, if they are known already.
+
+    Attributes:
+        values: the losses fetched so far.
+        last_step: the number of the last step added.
+    """
+
+    LAG = 4
+
+    def __init__(self, first_step: int, values: Sequence[float] = ()):
+        self.values = list(values)
+        self.last_step = first_step - 1 + len(self.values)
+        self._pending: deque[jax.Array] = deque()
+
+    @property
+    def latest(self) -> float | None:
+        """The last loss known."""
+        return self.values[-1] if self.values else None
+
+    def add(self, loss: jax.Array) -> None:
+        """Takes the loss of the next step and looks at the one `LAG` steps before."""
+        self.last_step += 1
+        self._pending.append(loss)
+        if len(self._pending) > self.LAG:
+            self._fetch()
+
+    def fetch_all(self) -> None:
+        """Looks at all losses not yet looked at."""
+        while self._pending:
+            self._fetch()
+
+    def _fetch(self) -> None:
+        step = self.last_step - len(self._pending) + 1
+        loss = float(self._pending.popleft())
+        if not math.isfinite(loss):
+            raise NonFiniteLoss(f"the training loss at step {step} is {loss}; {_ADVICE}")
+        self.values.append(loss)
+
+
+def refuse_non_finite(metrics: Mapping[str, Any]) -> None:
+    """Catches what the last step of an epoch did, which no later batch has seen."""
+    for name in ("train_loss", "test_loss"):
+        if not math.isfinite(metrics[name]):
+            raise NonFiniteLoss(
+                f"the {name} after step {metrics['step']} is {metrics[name]}; {_ADVICE}"
+            )
