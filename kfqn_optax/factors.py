@@ -187,7 +187,7 @@ def start(
             for tree, blocks in zip(trees, counts, strict=True)
         ]
         stacked = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *rows)
-        made, at = jax.vmap(of_one)(*stacked), 0
+        made, at = jax.lax.map(lambda row: of_one(*row), tuple(stacked)), 0
         for path, blocks in zip(paths, counts, strict=True):
             size = blocks[0] if blocks else 1
             inputs[path] = made[at : at + size].reshape(inputs[path].shape)
