@@ -11,10 +11,13 @@ import kfqn_optax
 
 PACKAGE = Path(kfqn_optax.__file__).parent
 FILES = sorted(PACKAGE.rglob("*.py"))
-HOSTS = {"jax", "jaxlib", "flax", "optax", "chex", "tensorflow_datasets", "ml_collections"}
+HOSTS = {
+    "jax", "jaxlib", "flax", "optax", "chex", "tensorflow_datasets", "ml_collections", "orbax",
+    "tensorboardX",
+}  # fmt: skip
 HEAVY = [
     "tensorflow", "tensorflow_datasets", "matplotlib", "ml_collections", "scipy.io",
-    "scipy.ndimage", "rich.progress", "tensorboardX", "kfqn_optax.experiment",
+    "scipy.ndimage", "rich.progress", "tensorboardX", "orbax", "kfqn_optax.experiment",
 ]  # fmt: skip
 
 
@@ -65,6 +68,14 @@ def test_what_counts_as_private():
 @pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(PACKAGE)))
 def test_no_private_names_of_the_hosts(file):
     assert [name for name in [*imports(file), *attributes(file)] if private(name)] == []
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(PACKAGE)))
+def test_nothing_is_unpickled(file):
+    """Whoever gives us a file must not run code with it."""
+    for name in [*imports(file), *attributes(file)]:
+        assert name.split(".")[0] not in {"pickle", "cloudpickle", "dill", "joblib", "marshal"}
+        assert name not in {"numpy.load", "jax.numpy.load", "pandas.read_pickle"}
 
 
 def hosts_of(file):

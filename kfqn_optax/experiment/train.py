@@ -27,7 +27,7 @@ from kfqn_optax.experiment.checkpoints import Checkpoints, Position
 from kfqn_optax.experiment.config import ConfigError, check
 from kfqn_optax.experiment.fingerprint import fingerprint
 from kfqn_optax.experiment.losses import LaggedLosses, refuse_non_finite
-from kfqn_optax.experiment.optimizers import Config, make_optimizer
+from kfqn_optax.experiment.optimizers import Config, Optimizer, make_optimizer
 from kfqn_optax.experiment.plots import label
 from kfqn_optax.experiment.problems import Batch, Params, Problem, make_problem
 from kfqn_optax.experiment.progress import Display
@@ -99,23 +99,20 @@ def train(config: Config, workdir: str | os.PathLike, dataset: Any = None) -> li
     ):
         checkpoints, found = None, None
         if continuing or config.checkpoint_every:
-            checkpoints = stack.enter_context(
-                Checkpoints(workdir, fingerprint(config, dataset, state), config)
-            )
-        if continuing and checkpoints:
-            found = checkpoints.newest(state, steps, display.say)
-            if found is None:
-                refuse_lost(workdir)
-        position = found[1] if found else Position(0, 0, seconds=0.0, losses=[], history=[])
-        if found and position.epoch >= config.epochs:
+            of_this_run = fingerprint(config, dataset, state)
+            checkpoints = stack.enter_context(Checkpoints(workdir, of_this_run, config))
+            if continuing:
+                found = checkpoints.newest(state, steps, display.say)
+        if found and found[1].epoch >= config.epochs:
             display.say(
-                f"the run in {workdir} is finished: it has {position.epoch} epochs, and "
+                f"the run in {workdir} is finished: it has {found[1].epoch} epochs, and "
                 f"config.epochs is {config.epochs}. Raise config.epochs to go on."
             )
-            return position.history
-        recorder = stack.enter_context(
-            Recorder(workdir, config, position.history if continuing else None)
-        )
+            return found[1].history
+        if continuing and not found:
+            refuse_lost(workdir)
+        history = found[1].history if found else []
+        recorder = stack.enter_context(Recorder(workdir, config, history if continuing else None))
         run = _Run(config, examples, steps, measure, recorder, display, checkpoints, stop)
 
         display.say(_opening(config, problem, dataset, facts))
@@ -124,33 +121,27 @@ def train(config: Config, workdir: str | os.PathLike, dataset: Any = None) -> li
             recorder.text("summary.txt", str(summary).rstrip() + "\n")
         compile_seconds = 0.0
         if found:
-            state = found[0]
-            display.say(_going_on(position, steps))
+            state, position = found
+            step = position.epoch * steps + position.batch
+            display.say(f"going on from step {step}, after {position.seconds:.1f} s of training")
         else:
-            position = run.measured(0, state, position)
-            if optimizer.warm_starts and config.warm_start:
-                opt_state, seconds, compile_seconds = warm_start(
-                    state.opt_state, problem, params, examples, config.batch_size, model_state
-                )
-                state = TrainState(params, opt_state, model_state)
-                position = Position(0, 0, seconds, [], position.history)
+            state, position, compile_seconds = run.begin(problem, optimizer, state)
         start = time.perf_counter()
-        step = compile_step(problem, optimizer, config, state, examples)
+        compiled = compile_step(problem, optimizer, config, state, examples)
         compile_seconds += time.perf_counter() - start
         display.say(f"compiled in {compile_seconds:.1f} s")
-        recorder.text(
-            "run.json", json.dumps(facts | {"compile_seconds": compile_seconds}, indent=2) + "\n"
-        )
+        facts["compile_seconds"] = compile_seconds
+        recorder.text("run.json", json.dumps(facts, indent=2) + "\n")
         stop.defer()
         if not found:
             # A disk that is full or cannot be written to shows now, not after hours.
             run.save(state, position)
-        return run.train(step, state, position)
+        return run.train(compiled, state, position)
 
 
 @dataclasses.dataclass(frozen=True)
 class _Run:
-    """What the loop over epochs works with."""
+    """What a run works with from its first evaluation to its last."""
 
     config: Config
     examples: Batch
@@ -160,6 +151,25 @@ class _Run:
     display: Display
     checkpoints: Checkpoints | None
     stop: StopRequest
+
+    def begin(
+        self, problem: Problem, optimizer: Optimizer, state: TrainState
+    ) -> tuple[TrainState, Position, float]:
+        """Measures before training and takes the warm start, if there is one.
+
+        Returns:
+            State and position before the first step, and the seconds of compilation.
+        """
+        config = self.config
+        position = self.measured(0, state, Position(0, 0, seconds=0.0, losses=[], history=[]))
+        if not (optimizer.warm_starts and config.warm_start):
+            return state, position, 0.0
+        params, opt_state, model_state = state
+        opt_state, seconds, compile_seconds = warm_start(
+            opt_state, problem, params, self.examples, config.batch_size, model_state
+        )
+        position = Position(0, 0, seconds, losses=[], history=position.history)
+        return TrainState(params, opt_state, model_state), position, compile_seconds
 
     def train(
         self, step: Callable[..., Any], state: TrainState, position: Position
@@ -281,8 +291,3 @@ def _opening(config: Config, problem: Problem, dataset: Any, facts: dict[str, An
         f"{config.epochs} epochs of {facts['steps_per_epoch']} steps of {config.batch_size}\n"
         f"device     {facts['device']}"
     )
-
-
-def _going_on(position: Position, steps: int) -> str:
-    line = f"going on from step {position.epoch * steps + position.batch}"
-    return line + f", after {position.seconds:.1f} s of training"

@@ -104,10 +104,11 @@ def test_help_lists_every_key(capsys):
 
 
 def test_taken_workdir(tmp_path, tiny_curves, capsys):
-    assert _train(*_small(tmp_path)) == 0
+    without = _small(tmp_path, "--config.checkpoint_every=0")
+    assert _train(*without) == 0
     before = (tmp_path / "metrics.jsonl").read_text()
     capsys.readouterr()
-    assert _train(*_small(tmp_path)) == 1
+    assert _train(*without) == 1
     assert "already holds a run (config.json)" in _sentence(capsys)
     assert (tmp_path / "metrics.jsonl").read_text() == before
 
@@ -197,9 +198,32 @@ def _without_config(folder):
     return [run]
 
 
+def _with_config(text):
+    def make(folder):
+        run = _write_run(folder / "a")
+        (folder / "a" / "config.json").write_bytes(text)
+        return [run]
+
+    return make
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
+        (_with_config(b"[]"), r"config\.json is not a config: it has no problem of the right type"),
+        (_with_config(b'{"problem": 3}'), "it has no problem of the right type; was it written by"),
+        (
+            _with_config(b'{"problem": "curves", "optimizer": "adam", "learning_rate": "x"}'),
+            "it has no learning_rate of the right type",
+        ),
+        (_with_config(b"{"), r"config\.json is not valid JSON"),
+        (_with_config(b"[" * 100_000), r"config\.json is not valid JSON"),
+        (_with_config(b"\xff\xff"), r"config\.json is not a text file"),
+        (_with_config(b" " * (2 << 20)), "has 2097152 bytes, more than kfqn-train ever writes"),
+        (
+            lambda folder: [_write_run(folder / "a", tail=json.dumps(dict.fromkeys(METRICS, "x")))],
+            "line 4 of .* is not a record with the keys epoch, step, seconds",
+        ),
         (_different_problem, r"'curves' and .* 'mnist'; losses of different problems"),
         (_without_metrics, r"has no metrics\.jsonl; give the workdir of a run"),
         (_without_config, r"has no config\.json; give the workdir of a run"),

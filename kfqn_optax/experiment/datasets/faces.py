@@ -32,6 +32,8 @@ TRAIN_PATCHES = 345  # of these, for training, where the person is one for train
 TRAIN_FACES = 300  # photographs of the thirty people for training
 
 _PHOTO = 64  # pixels
+# SciPy's words for what numbers may be kept as; anything else, objects say, is not read.
+_NUMBERS = {"double", "single", *(f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32))}
 _STEP = 2  # pixels of the enlarged photograph from one pixel of a patch to the next
 
 
@@ -49,13 +51,17 @@ def read(path: Path) -> np.ndarray:
         ValueError: the file is damaged or is another one.
     """
     advice = f"Put the published {FILE} there."
+    shape = (_PHOTO * _PHOTO, 400)
     try:
-        columns = scipy.io.loadmat(path).get("faces")
+        # Sizes first, from the headers; nothing is allocated on the word of the file.
+        sizes = {name: (size, kind) for name, size, kind in scipy.io.whosmat(path)}
+        size, kind = sizes.get("faces", (None, None))
+        fits = size == shape and kind in _NUMBERS
+        columns = scipy.io.loadmat(path, variable_names=["faces"])["faces"] if fits else None
     except Exception as error:  # SciPy has a different error for every kind of damage
         raise ValueError(f"{path} cannot be read as a MATLAB file: {error}. {advice}") from error
-    shape = (_PHOTO * _PHOTO, 400)
-    if not isinstance(columns, np.ndarray) or columns.shape != shape:
-        found = "no such variable" if columns is None else f"shape {np.shape(columns)}"
+    if columns is None:
+        found = "no such variable" if size is None else f"shape {size} of {kind}"
         raise ValueError(
             f"{path}: expected a variable 'faces' of shape {shape}, found {found}. {advice}"
         )

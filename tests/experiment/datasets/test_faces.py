@@ -122,3 +122,13 @@ def test_wrong_faces_file(tmp_path, make, message):
     with pytest.raises(ValueError, match=message) as error:
         datasets.load("faces", tmp_path)
     assert str(tmp_path / faces.FILE) in str(error.value)
+
+
+def test_sizes_are_looked_at_before_anything_is_read(tmp_path, monkeypatch):
+    def loadmat(*_, **__):
+        raise AssertionError("it was read")
+
+    scipy.io.savemat(tmp_path / faces.FILE, {"faces": np.zeros((4096, 401), np.uint8)})
+    monkeypatch.setattr(scipy.io, "loadmat", loadmat)
+    with pytest.raises(ValueError, match=r"found shape \(4096, 401\) of uint8"):
+        faces.read(tmp_path / faces.FILE)
