@@ -44,7 +44,10 @@ def loss_fn(params, images):
 
 
 def candidates():
-    """By name: a transformation, and on which examples it measures curvature (None: it takes no such argument)."""
+    """By name: a transformation, and on which examples it measures curvature.
+
+    None: it takes no such argument; "none": it is given None.
+    """
     settings = {"weight_decay": 1e-5, "norm_constraint": 3.0}
     ours = kfqn.kbfgs(0.3, 0.3, **settings)
     fast = kfqn.kfqn(0.8, 0.3, output_memory=20, **settings)

@@ -7,8 +7,8 @@ after the start: both learn by BFGS updates, one pair a step each.
 
 The functions here take all layers through a step, in its order; arguments by layer path. Products
 with matrices are taken layer by layer, everything else in rows, all layers at once (`packed`).
-Where a kernel holds several matrices (layers stacked by ``nn.scan``, groups of a convolution), every
-array has an axis of blocks in front, and each block has factors of its own.
+Where a kernel holds several matrices (layers stacked by ``nn.scan``, groups of a convolution),
+every array has an axis of blocks in front, and each block has factors of its own.
 """
 
 from collections.abc import Mapping, Sequence
@@ -141,7 +141,8 @@ def start(
 ) -> dict[str, Any]:
     """The input factors, made from A where this is a layer's first step.
 
-    Layers of one size are inverted together.
+    Layers of one size share one compiled inverse, which takes them in turn: on a CPU, batched
+    calls of LAPACK side by side in one program can wait for each other forever.
 
     Args:
         layers: whose states they are.
