@@ -278,6 +278,15 @@ def test_a_signal_before_the_first_step(tmp_path, monkeypatch):
     assert len(_run(tmp_path, _config())) == 4
 
 
+@pytest.fixture
+def heard():
+    """SIGINT as Python has it by default, also where whoever started the tests ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("heard")
 def test_signals_are_given_back_and_a_second_one_ends_at_once():
     before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
     with StopRequest() as stop:
