@@ -1,0 +1,1 @@
+"""Measurements; see README.md here. A package so that its parts find each other."""
