@@ -55,21 +55,20 @@ def jobs(options: argparse.Namespace, found: dict[str, Any], pool: ThreadPoolExe
         problem = problems.make(name)
         shapes = problem.shapes()
 
-        def submit(label, step, tx, problem=problem, shapes=shapes):
+        def submit(label, step, tx=None, problem=problem, shapes=shapes):
             init = tx.init if tx else None
-            try:
-                return measure.compile_step(pool, label, step, shapes, problem.batch, init)
-            except Exception as error:  # a peer that wants other arguments, for one
-                return f"{type(error).__name__}: {str(error)[:300]}"
+            return measure.compile_step(pool, label, step, shapes, problem.batch, init)
 
         if chosen:
-            waiting = {
-                candidates.PLAIN: submit(candidates.PLAIN, candidates.plain_step(problem), None)
-            }
+            plain = candidates.plain_step(problem)
+            waiting = {candidates.PLAIN: submit(candidates.PLAIN, plain)}
             for label, candidate in chosen.items():
-                tx = candidate.make(problem)
-                step = candidates.training_step(problem, candidate, tx)
-                waiting[label] = submit(label, step, tx)
+                try:
+                    tx = candidate.make(problem)
+                    step = candidates.training_step(problem, candidate, tx)
+                    waiting[label] = submit(label, step, tx)
+                except Exception as error:  # a peer that wants other arguments, for one
+                    waiting[label] = f"{type(error).__name__}: {str(error)[:300]}"
             yield "steps", name, problem, chosen, waiting
         for label in options.stages:
             candidate = candidates.ALL[label]
@@ -98,7 +97,7 @@ def collect(waiting: dict[str, Any], rows: dict[str, Any], results: Results) -> 
 
 def time_all(job: Any, programs: list, rows: dict, options: Any, results: Results, peaks: dict):
     """Times one job's programs and writes after every round."""
-    kind, _, problem, chosen, _ = job
+    kind, _, problem, chosen, waiting = job
     params = problem.params()
     begun = []
     for program in programs:
@@ -107,7 +106,12 @@ def time_all(job: Any, programs: list, rows: dict, options: Any, results: Result
             begun.append(program)
         except Exception as error:
             rows[program.name] |= {"skipped": f"{type(error).__name__}: {str(error)[:300]}"}
-    plain = programs[0]
+    first = next(iter(waiting))
+    if not begun or begun[0].name != first:
+        rows[first].setdefault("skipped", "it does not run, so there is nothing to compare with")
+        results.write()
+        return
+    plain = begun[0]
 
     def after_round() -> None:
         for program in begun:

@@ -150,8 +150,10 @@ def take_turns(
             program.facts["warm_s"] = min(program.run() for _ in range(WARM_UP - 1))
         except Exception as error:  # out of memory, most likely
             dropped[program.name] = f"{type(error).__name__}: {str(error)[:300]}"
+            if program is programs[0]:
+                return {other.name: "the plain step does not run" for other in programs} | dropped
             _drop(programs, program)
-    queue = QUEUE if programs and programs[0].facts["warm_s"] < SHORT else 0
+    queue = QUEUE if programs[0].facts["warm_s"] < SHORT else 0
 
     def needed() -> float:
         return rounds * (1 + queue) * sum(program.facts["warm_s"] for program in programs)
