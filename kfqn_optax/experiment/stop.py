@@ -25,7 +25,8 @@ class StopRequest:
 
     Until `defer` is called a signal raises `Stopped` where it arrives, later ones are remembered,
     to be asked for between two steps. The same signal a second time does what it did before, which
-    ends the process at once. Signals reach the main thread only; in another one nothing is taken.
+    ends the process at once. A signal that whoever started the process had it ignore stays ignored,
+    as Ctrl-C is in a background job. Signals reach the main thread; in another one none is taken.
 
     Attributes:
         signum: the signal that came, if any.
@@ -39,7 +40,8 @@ class StopRequest:
     def __enter__(self) -> "StopRequest":
         if threading.current_thread() is threading.main_thread():
             for signum in _SIGNALS:
-                self._before[signum] = signal.signal(signum, self._take)
+                if signal.getsignal(signum) != signal.SIG_IGN:
+                    self._before[signum] = signal.signal(signum, self._take)
         return self
 
     def __exit__(

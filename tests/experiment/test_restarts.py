@@ -299,6 +299,18 @@ def test_signals_are_given_back_and_a_second_one_ends_at_once():
     assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
 
 
+def test_an_ignored_signal_stays_ignored():
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with StopRequest() as stop:
+            stop.defer()
+            os.kill(os.getpid(), signal.SIGINT)
+            assert stop.signum is None
+        assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def test_signals_are_for_the_main_thread(tmp_path):
     thread = threading.Thread(target=lambda: _run(tmp_path, _config(epochs=1)))
     thread.start()
@@ -306,6 +318,7 @@ def test_signals_are_for_the_main_thread(tmp_path):
     assert len(_lines(tmp_path)) == 2
 
 
+@pytest.mark.usefixtures("heard")
 @pytest.mark.parametrize(
     ("signum", "status", "name"), [(signal.SIGTERM, 143, "SIGTERM"), (signal.SIGINT, 130, "SIGINT")]
 )
