@@ -159,7 +159,7 @@ def start(
         if isinstance(state.input, Diagonal):
             first = starts(state, begun[path])[..., None]
             damping, _ = split(options, root, begun[path].positions)
-            new = 1 / (begun[path].input_moment + damping[..., None])
+            new = 1 / (jnp.asarray(begun[path].input_moment) + damping[..., None])
             inputs[path] = Diagonal(jnp.where(first, new, state.input.inverse))
         elif isinstance(state.input, jax.Array):
             alike.setdefault((state.input.shape[-2:], state.input.dtype), []).append(path)

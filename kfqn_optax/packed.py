@@ -8,7 +8,7 @@ the longest, and the operations are mapped over its rows. Only products with mat
 in size from layer to layer, remain outside.
 """
 
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -26,12 +26,12 @@ class Rows:
     numbers. Layers of one dtype and of similar length share an array.
     """
 
-    def __init__(self, like: Mapping[Hashable, jax.Array]):
+    def __init__(self, like: Mapping[Any, jax.Array]):
         """Rows for vectors [d], or [blocks, d], with these shapes and dtypes."""
         self._like = {key: jax.ShapeDtypeStruct(v.shape, v.dtype) for key, v in like.items()}
         self._groups = _groups(self._like)
 
-    def pack(self, trees: Mapping[Hashable, Any]) -> list[Any]:
+    def pack(self, trees: Mapping[Any, Any]) -> list[Any]:
         """Trees of vectors [*blocks, d] and numbers [*blocks], by key, as a packed tree."""
         return [
             jax.tree.map(lambda *leaves: self._pack(group, leaves), *(trees[key] for key in group))  # noqa: B023
@@ -52,7 +52,7 @@ class Rows:
             [jax.vmap(fn)(*arguments) for arguments in zip(*packed, strict=True)]
         )
 
-    def unpack(self, packed: list[Any]) -> dict[Hashable, Any]:
+    def unpack(self, packed: list[Any]) -> dict[Any, Any]:
         """A packed tree as trees by key."""
         trees = {}
         for group, tree in zip(self._groups, packed, strict=True):
@@ -67,7 +67,7 @@ class Rows:
                 )
         return {key: trees[key] for key in self._like}
 
-    def _pack(self, group: list[Hashable], leaves: tuple[Any, ...]) -> jax.Array:
+    def _pack(self, group: list[Any], leaves: tuple[Any, ...]) -> jax.Array:
         """One leaf of the trees of a group, [rows, width] or [rows].
 
         Laid end to end with the zeros between them, since XLA copies such pieces and needs no code.
@@ -88,9 +88,9 @@ class Rows:
         return flat.reshape(-1, width) if vectors else flat
 
 
-def _groups(like: Mapping[Hashable, Any]) -> list[list[Hashable]]:
+def _groups(like: Mapping[Any, Any]) -> list[list[Any]]:
     """Keys whose vectors share an array, the longest first."""
-    groups: list[list[Hashable]] = []
+    groups: list[list[Any]] = []
     for dtype in dict.fromkeys(vector.dtype for vector in like.values()):
         alike = [key for key, vector in like.items() if vector.dtype == dtype]
         alike.sort(key=lambda key: like[key].shape[-1], reverse=True)

@@ -113,7 +113,7 @@ def quasi_newton(
 
         # Each factor takes one pair; where A is not stored, from its product with a vector.
         unstored = [layer for layer in present if layer.path not in stored]
-        products = {}
+        products: dict[str, Any] = {}
         vectors = factors.input_steps(unstored, begun, measured.layers)
         if vectors:
             again = curvature_fn(params, moments=[], vectors=vectors)
@@ -157,7 +157,7 @@ def _input_factors(
     ]
 
     def make() -> dict[str, Any]:
-        moments = {}
+        moments: dict[str, Any] = {}
         if unstored and curvature_fn is not None:
             measured = curvature_fn(params, moments=unstored)
             moments = {path: measured.layers[path].input_moment for path in unstored}
