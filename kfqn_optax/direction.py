@@ -43,17 +43,17 @@ def precondition(
     def of_one(H_a: Factor, H_g: Factor, M: jax.Array) -> jax.Array:
         return inverse.apply_to_rows(H_g, inverse.apply(H_a, M))
 
-    directions, squared = {}, jnp.zeros(())
-    for layer in layers:
-        state = states[layer.path]
-        M = layers_lib.to_matrix(layer, gradients)
-        P = directions[layer] = layer.over_blocks(of_one)(state.input, state.output, M)
-        squared += learning_rate**2 * jnp.vdot(M, P)
+    M = {layer: layers_lib.to_matrix(layer, gradients) for layer in layers}
+    P = {
+        layer: layer.over_blocks(of_one)(states[layer.path].input, states[layer.path].output, M_of)
+        for layer, M_of in M.items()
+    }
     if limit is not None:
+        squared = learning_rate**2 * sum(jnp.vdot(M[layer], P[layer]) for layer in layers)
         scale = jnp.where(squared > limit, jnp.sqrt(limit / jnp.where(squared > 0, squared, 1)), 1)
-        directions = {layer: P * scale.astype(P.dtype) for layer, P in directions.items()}
+        P = {layer: P_of * scale.astype(P_of.dtype) for layer, P_of in P.items()}
     return {
         name: leaf
-        for layer, P in directions.items()
-        for name, leaf in layers_lib.from_matrix(layer, P).items()
+        for layer, P_of in P.items()
+        for name, leaf in layers_lib.from_matrix(layer, P_of).items()
     }

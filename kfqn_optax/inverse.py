@@ -5,13 +5,12 @@ for the input side of an embedding: its one-hot inputs have a diagonal second mo
 can simply be written down. What a state holds tells which it is.
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 
 from kfqn_optax import bfgs, lbfgs
 from kfqn_optax.lbfgs import Memory
-from kfqn_optax.pairs import Pair
 
 
 class Diagonal(NamedTuple):
@@ -39,11 +38,6 @@ def apply_to_rows(H: Factor, vectors: jax.Array) -> jax.Array:
     if isinstance(H, jax.Array):
         return bfgs.apply_to_rows(H, vectors)
     return apply(H, vectors.T).T
-
-
-def update(H: Any, pair: Pair, status: jax.Array) -> tuple[Any, jax.Array]:
-    """One pair for a dense or limited-memory factor; see `bfgs.update` and `lbfgs.update`."""
-    return lbfgs.update(H, pair, status) if isinstance(H, Memory) else bfgs.update(H, pair, status)
 
 
 def size(H: Factor) -> int:

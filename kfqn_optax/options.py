@@ -161,3 +161,23 @@ def check(
 def value_at(value: ScalarOrSchedule, count: jax.Array) -> Number:
     """The number itself, or the schedule's value at step ``count``."""
     return value(count) if callable(value) else value
+
+
+def dampings(
+    options: Options, root: jax.Array, positions: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """lambda_A and lambda_G, dampings of the two sides, from sqrt(lambda) and T.
+
+    Args:
+        options: split is read.
+        root: sqrt(lambda).
+        positions: T, of any shape.
+
+    Returns:
+        Both in the shape and dtype of ``positions``.
+    """
+    root = root.astype(positions.dtype)
+    if options.split == "sqrt":
+        root = jnp.broadcast_to(root, positions.shape)
+        return root, root
+    return root * jnp.sqrt(positions), root / jnp.sqrt(positions)

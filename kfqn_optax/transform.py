@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from kfqn_optax import checks, factors, layer_state
+from kfqn_optax import checks, factors, intake, layer_state
 from kfqn_optax import layers as layers_lib
 from kfqn_optax.checks import MISSING
 from kfqn_optax.direction import precondition
@@ -95,7 +95,7 @@ def quasi_newton(
             measured = _ask(curvature_fn, params, moments=stored)
             checks.check_statistics(present, measured, given is None, weights, state.layers)
         held = {layer.path: state.layers[layer.path] for layer in present}
-        begun = factors.begin(present, held, measured and measured.layers, options)
+        begun = intake.begin(present, held, measured and measured.layers, options.factor_decay)
         inputs = _input_factors(present, held, begun, curvature_fn, params, options, root)
         begun = {path: of_layer._replace(input=inputs[path]) for path, of_layer in begun.items()}
 
@@ -161,9 +161,9 @@ def _input_factors(
         if unstored and curvature_fn is not None:
             measured = curvature_fn(params, moments=unstored)
             moments = {path: measured.layers[path].input_moment for path in unstored}
-        return factors.start(present, held, begun, moments, options, root)
+        return intake.start(present, held, begun, moments, options, root)
 
-    starting = [jnp.any(factors.starts(held[path], begun[path])) for path in begun]
+    starting = [jnp.any(intake.starts(held[path], begun[path])) for path in begun]
     return jax.lax.cond(
         jnp.any(jnp.stack(starting)), make, lambda: {path: held[path].input for path in begun}
     )

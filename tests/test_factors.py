@@ -10,7 +10,7 @@ import pytest
 import reference
 from models import relative
 
-from kfqn_optax import factors, layer_state, pairs
+from kfqn_optax import factors, intake, layer_state, pairs
 from kfqn_optax.layer_state import EMPTY, RUNNING, WARM, LayerState
 from kfqn_optax.layers import dense
 from kfqn_optax.options import Options
@@ -43,9 +43,10 @@ def learn(state, measured, probed, weights, step, options):
 @jax.jit
 def begin(state, measured):
     """A step's beginning: A takes in the batch, and the input factor starts."""
-    begun = factors.begin([LAYER], {"d": state}, measured and {"d": measured}, OPTIONS)["d"]
+    seen = measured and {"d": measured}
+    begun = intake.begin([LAYER], {"d": state}, seen, OPTIONS.factor_decay)["d"]
     root = jnp.asarray(DAMPING)
-    input_ = factors.start([LAYER], {"d": state}, {"d": begun}, {}, OPTIONS, root)["d"]
+    input_ = intake.start([LAYER], {"d": state}, {"d": begun}, {}, OPTIONS, root)["d"]
     return begun._replace(input=input_)
 
 

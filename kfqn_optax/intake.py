@@ -1,0 +1,177 @@
+"""What a step does to a layer before its direction: A takes in the batch, the input factor starts.
+
+All layers at once, arguments by layer path. With blocks every array has an axis of blocks in front.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from kfqn_optax import bfgs
+from kfqn_optax.inverse import Diagonal
+from kfqn_optax.layer_state import EMPTY, RUNNING, WARM, LayerState
+from kfqn_optax.layers import Layer
+from kfqn_optax.options import Number, Options, dampings
+from kfqn_optax.packed import Rows
+from kfqn_optax.statistics import LayerStatistics
+
+
+class _Intake(NamedTuple):
+    """How a layer takes in a batch: ``A <- old A + new A_batch`` if ``usable``."""
+
+    usable: jax.Array
+    old: jax.Array
+    new: jax.Array
+    positions: jax.Array
+    stage: jax.Array
+
+
+def begin(
+    layers: Sequence[Layer],
+    states: Mapping[str, LayerState],
+    measured: Mapping[str, LayerStatistics] | None,
+    decay: Number,
+) -> dict[str, LayerState]:
+    """A takes in the batch (Algorithm 2 of the paper).
+
+    A is the first batch's moment, unless `warm_start` gave one, which the first batch then does not
+    enter; afterwards a running average. A batch that did not reach the layer, or whose moment is
+    not finite, leaves A as it is.
+
+    Args:
+        layers: whose states they are.
+        states: as the previous step left them.
+        measured: statistics at the parameters; None to leave the factors alone in this step. After
+            a warm start the input factor is made from A even so (`start`), and A stays open to the
+            first batch that is measured.
+        decay: factor_decay.
+    """
+    if measured is None:
+        return {layer.path: _closed(states[layer.path]) for layer in layers}
+
+    def intake(seen, rows, examples, stage, positions) -> _Intake:
+        usable = (rows > 0) & jnp.isfinite(jnp.sum(seen))
+        running = jnp.asarray(decay, seen.dtype)
+        return _Intake(
+            usable=usable,
+            old=jnp.where(stage == EMPTY, 0, jnp.where(stage == WARM, 1, running)),
+            new=jnp.where(stage == EMPTY, 1, jnp.where(stage == WARM, 0, 1 - running)),
+            positions=jnp.where(rows > 0, rows / examples, positions),
+            stage=jnp.where(usable | (stage == WARM), RUNNING, stage),
+        )
+
+    seen = {layer.path: _seen(states[layer.path], measured[layer.path]) for layer in layers}
+    rows = Rows(seen)
+    intakes = rows.map(
+        intake,
+        rows.pack(seen),
+        rows.pack({path: measured[path].rows for path in seen}),
+        rows.pack({path: measured[path].examples for path in seen}),
+        rows.pack({path: states[path].stage for path in seen}),
+        rows.pack({path: states[path].positions for path in seen}),
+    )
+    return {
+        path: _take_in(states[path], measured[path], how)
+        for path, how in rows.unpack(intakes).items()
+    }
+
+
+def _closed(state: LayerState) -> LayerState:
+    """The state without a batch: a warm start is used up, where A is not stored."""
+    if state.input_moment is not None:
+        return state
+    return state._replace(stage=jnp.where(state.stage == WARM, RUNNING, state.stage))
+
+
+def _seen(state: LayerState, measured: LayerStatistics) -> jax.Array:
+    """A vector that is finite if what A takes in is; [*blocks, d_in]."""
+    moment = measured.input_moment
+    if state.input_moment is None or moment is None:
+        return measured.input_mean
+    matrix = moment.ndim > measured.input_mean.ndim
+    return jnp.sum(moment, axis=-1) if matrix else moment
+
+
+def _take_in(state: LayerState, measured: LayerStatistics, intake: _Intake) -> LayerState:
+    A, batch = state.input_moment, measured.input_moment
+    if A is not None and batch is not None:
+        usable, old, new = (
+            number.reshape(*number.shape, *[1] * (A.ndim - number.ndim))
+            for number in (intake.usable, intake.old, intake.new)
+        )
+        A = jnp.where(usable, old * A + new * batch, A).astype(A.dtype)
+    return state._replace(input_moment=A, positions=intake.positions, stage=intake.stage)
+
+
+def starts(state: LayerState, begun: LayerState) -> jax.Array:
+    """Whether the input factor is to be made from A in this step; [*blocks].
+
+    Args:
+        state: as the previous step left it.
+        begun: the same after `begin`.
+    """
+    return (begun.stage != EMPTY) & (state.stage != RUNNING)
+
+
+def start(
+    layers: Sequence[Layer],
+    states: Mapping[str, LayerState],
+    begun: Mapping[str, LayerState],
+    moments: Mapping[str, jax.Array],
+    options: Options,
+    root: jax.Array,
+) -> dict[str, Any]:
+    """The input factors, made from A where this is a layer's first step.
+
+    Layers of one size share one compiled inverse, which takes them in turn: on a CPU, batched
+    calls of LAPACK side by side in one program can wait for each other forever.
+
+    Args:
+        layers: whose states they are.
+        states: as the previous step left them.
+        begun: the same after `begin`.
+        moments: A of the first batch, where A is not stored; empty where nothing is measured.
+        options: split is read.
+        root: sqrt(lambda).
+    """
+    inputs = {layer.path: states[layer.path].input for layer in layers}
+    alike: dict[Any, dict[str, tuple]] = {}
+    for layer in layers:
+        path, held = layer.path, inputs[layer.path]
+        first = starts(states[path], begun[path])
+        damping, _ = dampings(options, root, begun[path].positions)
+        A = begun[path].input_moment
+        if isinstance(held, Diagonal):
+            new = 1 / (jnp.asarray(A) + damping[..., None])
+            inputs[path] = Diagonal(jnp.where(first[..., None], new, held.inverse))
+        elif isinstance(held, jax.Array):
+            if A is None:  # not stored: a warm start left it in the factor's place
+                A = layer.over_blocks(_unstored)(states[path].stage, held, moments.get(path, held))
+            d = held.shape[-1]
+            row = (
+                first.reshape(-1),
+                damping.reshape(-1),
+                A.reshape(-1, d, d),
+                held.reshape(-1, d, d),
+            )
+            alike.setdefault((d, held.dtype), {})[path] = row
+
+    def of_one(row: tuple) -> jax.Array:
+        first, damping, A, held = row
+        return jnp.where(first, bfgs.inverse(A, damping).astype(A.dtype), held)
+
+    for rows in alike.values():
+        made = jax.lax.map(of_one, jax.tree.map(lambda *x: jnp.concatenate(x), *rows.values()))
+        at = 0
+        for path, (first, *_) in rows.items():
+            inputs[path] = made[at : at + len(first)].reshape(inputs[path].shape)
+            at += len(first)
+    return inputs
+
+
+def _unstored(stage: jax.Array, held: jax.Array, batch: jax.Array) -> jax.Array:
+    """A of one matrix that stores none: what a warm start left, or the batch's."""
+    A = jnp.where(stage == WARM, held, batch)
+    return jnp.where(jnp.isfinite(jnp.sum(A)), A, 0)
