@@ -1,5 +1,6 @@
 # make demo    train the CURVES autoencoder with K-BFGS and with Adam, compare them in a figure
 # make test    the whole test suite
+# make bench   what a step costs beside a plain one, by method, stage, width and batch
 #
 # Each target makes its own virtual environment first: .venv, or .venv-NAME with PYTHON=NAME, as in
 #     make test PYTHON=python3.12
@@ -9,17 +10,18 @@ VENV := $(if $(filter python3,$(PYTHON)),.venv,.venv-$(notdir $(PYTHON)))
 BIN := $(VENV)/bin
 WORKERS ?= 2
 DEMO := runs/demo
+PRICE := $(BIN)/python -m benchmarks.price
 # Settings of the K-BFGS run that differ from configs/curves.py.
 KBFGS_SETTINGS ?=
 KBFGS_EPOCHS ?= 30
 ADAM_EPOCHS ?= 60
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-fast test-slow lint clean
+.PHONY: help demo test test-fast test-slow bench bench-more lint clean
 
 help:
 	@sed -n '1,/^$$/ s/^# \{0,1\}//p' Makefile
-	@echo "also: test-fast (the library without the experiments), test-slow, lint, clean"
+	@echo "also: test-fast (the library without the experiments), test-slow, bench-more, lint, clean"
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
@@ -52,6 +54,18 @@ test-fast: $(VENV)/.installed-test
 
 test-slow: $(VENV)/.installed-experiment+test
 	$(BIN)/python -m pytest -n $(WORKERS) -m slow
+
+# Each part is a process of its own and adds to the same file.
+bench: $(VENV)/.installed-experiment
+	$(PRICE) --sizes mnist curves faces --peers
+	$(PRICE) --sizes mnist --candidates --stages kbfgs kfqn
+	$(PRICE) --sizes width-256 width-512 width-1024 width-2048 --candidates kbfgs kfqn
+	$(PRICE) --sizes batch-100 batch-1000 batch-10000 --candidates kbfgs
+	$(PRICE).draw
+
+bench-more: $(VENV)/.installed-experiment
+	$(PRICE) --sizes mnist --candidates all --peers
+	$(PRICE) --sizes cnn transformer transformer-all
 
 lint: $(VENV)/.installed-experiment+test+lint
 	$(BIN)/ruff format --check .

@@ -1,8 +1,8 @@
 """Train loss of the MNIST autoencoder epoch by epoch, for each method and learning rate.
 
-    python benchmarks/time_to_loss.py --data FILE.npz --output FILE.jsonl [--methods kbfgs fast ...]
-    python benchmarks/time_to_loss.py --export FILE.npz --data_dir FOLDER
-    python benchmarks/time_to_loss.py --table benchmarks/results/time_to_loss.jsonl
+    python -m benchmarks.time_to_loss --data FILE.npz --output FILE.jsonl [--methods kbfgs fast ...]
+    python -m benchmarks.time_to_loss --export FILE.npz --data_dir FOLDER
+    python -m benchmarks.time_to_loss --table benchmarks/results/time_to_loss.jsonl
 
 Needs the core packages only, and runs unchanged on a GPU, where all epochs of a run are one
 program. FILE.npz holds ``mnist_train``, the images as uint8 [60000, 784]; ``--export`` writes it
@@ -11,7 +11,7 @@ ends; what the output holds is not run again. No warm start; weight decay 1e-5; 
 
 ``--table`` prints, for the best learning rate of each method, the plain-step equivalents until the
 train loss first reaches some targets: steps (to the end of the epoch) times what a step costs, as a
-multiple of a plain step, in ``benchmarks/results/step_cpu.json``.
+multiple of a plain step, in ``benchmarks/results/price_cpu.json``.
 """
 
 import argparse
@@ -25,22 +25,23 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from step import Autoencoder
 
 import kfqn_optax as kfqn
+from benchmarks.price import problems
 
-BATCH = 1000
+PROBLEM = problems.make("mnist")
+BATCH = PROBLEM.examples
 TARGETS = (100, 70, 60, 58)
 LIMIT = {"weight_decay": 1e-5, "norm_constraint": 3.0}
 # By method: the transformation for a learning rate, the examples that curvature is measured on
-# (None: it takes none), the learning rates and seeds to run, and its name in step_cpu.json.
+# (None: it takes none), the learning rates to run, and its name among the candidates of `price`.
 METHODS = {
     "kbfgs": (lambda lr: kfqn.kbfgs(lr, 0.3, **LIMIT), 1000, (0.3, 0.8), "kbfgs"),
     "fast": (
         lambda lr: kfqn.kfqn(lr, 0.3, output_memory=20, **LIMIT),
         100,
         (0.3, 0.5, 0.8, 1.2),
-        "kfqn, a tenth of the batch, output_memory=20",
+        "kfqn, a tenth, 20 pairs out",
     ),
     "kfqn": (lambda lr: kfqn.kfqn(lr, 0.3, **LIMIT), 1000, (0.3, 0.8), "kfqn"),
     "kbfgs_l": (lambda lr: kfqn.kbfgs_l(lr, 0.3, **LIMIT), 1000, (0.3, 0.8), "kbfgs_l"),
@@ -58,14 +59,9 @@ METHODS = {
 }  # fmt: skip
 
 
-def loss_fn(params, images):
-    logits = Autoencoder().apply(params, images)
-    return jnp.mean(jnp.sum(optax.sigmoid_binary_cross_entropy(logits, images), axis=-1))
-
-
 def initial(seed):
     """Weights and biases uniform within 1 / sqrt(fan-in), as in the paper."""
-    shapes = jax.eval_shape(Autoencoder().init, jax.random.key(0), jnp.zeros((1, 784)))
+    shapes = PROBLEM.shapes()
     fan_in = {name: layer["kernel"].shape[0] for name, layer in shapes["params"].items()}
     keys = iter(jax.random.split(jax.random.key(seed), 2 * len(fan_in)))
 
@@ -98,17 +94,17 @@ def train(params, images, batches, learning_rate, make, measured):
     def step(carry, batch):
         params, state = carry
         x = images[batch]
-        grads = jax.grad(loss_fn)(params, x)
+        grads = jax.grad(PROBLEM.loss_fn)(params, x)
         extra = {}
         if measured is not None:
-            extra["curvature_fn"] = kfqn.curvature_fn(loss_fn, params, x[:measured])
+            extra["curvature_fn"] = kfqn.curvature_fn(PROBLEM.loss_fn, params, x[:measured])
         updates, state = tx.update(grads, state, params, **extra)
         return (optax.apply_updates(params, updates), state), None
 
     def epoch(carry, batches):
         carry, _ = jax.lax.scan(step, carry, batches)
         parts = images.reshape(-1, 5 * BATCH, images.shape[1])
-        return carry, jnp.mean(jax.lax.map(lambda x: loss_fn(carry[0], x), parts))
+        return carry, jnp.mean(jax.lax.map(lambda x: PROBLEM.loss_fn(carry[0], x), parts))
 
     return jax.lax.scan(epoch, (params, tx.init(params)), batches)[1]
 
@@ -141,7 +137,8 @@ def run_all(options):
 
 def table(path):
     runs = [json.loads(line) for line in path.read_text().splitlines()]
-    rows = json.loads((Path(__file__).parent / "results" / "step_cpu.json").read_text())["rows"]
+    prices = json.loads((Path(__file__).parent / "results" / "price_cpu.json").read_text())
+    rows = prices["steps"][PROBLEM.name]["rows"]
     print("| method | learning rate | step | " + " | ".join(f"to {t}" for t in TARGETS), end="")
     print(" | loss after 5 epochs | 10 |\n|---|---|---|" + "---|" * (len(TARGETS) + 2))
     for method, (_, _, _, name) in METHODS.items():

@@ -68,10 +68,11 @@ MAIN = {
     "kbfgs_l": _ours(kfqn.kbfgs_l, output=100),
     "kfqn": _ours(kfqn.kfqn, moment=False),
     "kfqn, a tenth": _ours(kfqn.kfqn, 0.1, moment=False),
-    "kfqn, 20 pairs out": _ours(kfqn.kfqn, moment=False, output_memory=20),
+    "kfqn, a tenth, 20 pairs out": _ours(kfqn.kfqn, 0.1, moment=False, output_memory=20),
+    "kbfgs, factors kept": _ours(kfqn.kbfgs, None),
 }
 MORE = {
-    "kbfgs, factors kept": _ours(kfqn.kbfgs, None),
+    "kfqn, 20 pairs out": _ours(kfqn.kfqn, moment=False, output_memory=20),
     "kbfgs_l, a tenth": _ours(kfqn.kbfgs_l, 0.1, output=100),
     "kfqn, 20 pairs each": _ours(kfqn.kfqn, moment=False, input_memory=20, output_memory=20),
     "kfqn, 20 pairs each, a tenth": _ours(
