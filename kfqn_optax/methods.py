@@ -21,6 +21,7 @@ def scale_by_kbfgs(
     powell: Number = 0.2,
     curvature_tolerance: Number = 1e-4,
     norm_constraint: Number | None = None,
+    update_every: Number = 1,
     max_factor_dim: Number | None = None,
     layers: Iterable[Layer] | None = None,
 ) -> optax.GradientTransformationExtraArgs:
@@ -60,6 +61,9 @@ def scale_by_kbfgs(
         curvature_tolerance: a pair is refused unless ``s.y > tolerance |s|^2 |v|``; at least 0.
         norm_constraint: the most that the squared length of the step in the metric of the factors
             may be, above 0. None, the default, is K-BFGS as published.
+        update_every: k. Curvature is measured, and the factors change, in steps 0, k, 2k, ... only;
+            the steps between cost a gradient and the direction. The averages A, s and y take in
+            those steps alone, so they reach k times as far back. A whole number of at least 1.
         max_factor_dim: a side of a layer longer than this keeps no matrix but `lbfgs` pairs, 100 of
             them; its second moment is then never formed. A whole number of at least 1; None for
             8192.
@@ -84,6 +88,7 @@ def scale_by_kbfgs(
         powell,
         curvature_tolerance,
         norm_constraint,
+        update_every,
         max_factor_dim=max_factor_dim,
     )
     return quasi_newton(options, layers)
@@ -99,6 +104,7 @@ def scale_by_kbfgs_l(
     powell: Number = 0.2,
     curvature_tolerance: Number = 1e-4,
     norm_constraint: Number | None = None,
+    update_every: Number = 1,
     max_factor_dim: Number | None = None,
     layers: Iterable[Layer] | None = None,
 ) -> optax.GradientTransformationExtraArgs:
@@ -122,6 +128,7 @@ def scale_by_kbfgs_l(
         curvature_tolerance: see above; at least 0.
         norm_constraint: limit of the step's squared length in the metric of the factors, above 0;
             None for no limit. See `scale_by_kbfgs`.
+        update_every: the factors change in every so many steps only; see `scale_by_kbfgs`.
         max_factor_dim: an input side longer than this (None: 8192) keeps 100 pairs too.
         layers: which layers, from `find_layers`; by default every ``kernel`` with two axes.
 
@@ -140,6 +147,7 @@ def scale_by_kbfgs_l(
         powell,
         curvature_tolerance,
         norm_constraint,
+        update_every,
         output_memory=memory_size,
         max_factor_dim=max_factor_dim,
     )
@@ -154,6 +162,7 @@ def scale_by_kfqn(
     pair_decay: Number = 0.9,
     powell: Number = 0.2,
     norm_constraint: Number | None = None,
+    update_every: Number = 1,
     input_memory: Number | None = None,
     output_memory: Number | None = None,
     max_factor_dim: Number | None = None,
@@ -180,6 +189,7 @@ def scale_by_kfqn(
         powell: mu_1 of Powell's damping, in (0, 1).
         norm_constraint: limit of the step's squared length in the metric of the factors, above 0;
             None for no limit. See `scale_by_kbfgs`.
+        update_every: the factors change in every so many steps only; see `scale_by_kbfgs`.
         input_memory: pairs kept for a limited-memory input factor (from the identity); None for a
             dense one.
         output_memory: the same for the output factor.
@@ -202,6 +212,7 @@ def scale_by_kfqn(
         powell=powell,
         curvature_tolerance=0.0,
         norm_constraint=norm_constraint,
+        update_every=update_every,
         input_memory=input_memory,
         output_memory=output_memory,
         max_factor_dim=max_factor_dim,

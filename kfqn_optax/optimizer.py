@@ -39,6 +39,7 @@ def kbfgs(
     powell: Number = 0.2,
     curvature_tolerance: Number = 1e-4,
     norm_constraint: Number | None = None,
+    update_every: Number = 1,
     max_factor_dim: Number | None = None,
     layers: Iterable[Layer] | None = None,
     fallback: optax.GradientTransformation | None = None,
@@ -63,6 +64,8 @@ def kbfgs(
         norm_constraint: the most that the squared length of the step in the metric of the factors
             may be, above 0, in units of the loss (see `scale_by_kbfgs`). None, the default, is
             K-BFGS as published.
+        update_every: k; curvature is measured, and the factors change, in every k-th step only,
+            beginning with the first; a whole number of at least 1 (see `scale_by_kbfgs`).
         max_factor_dim: a side of a layer longer than this (None: 8192) keeps 100 pairs instead of
             a matrix.
         layers: which layers, from `find_layers`. By default every ``kernel`` with two axes in the
@@ -112,6 +115,7 @@ def kbfgs(
         powell=powell,
         curvature_tolerance=curvature_tolerance,
         norm_constraint=norm_constraint,
+        update_every=update_every,
         max_factor_dim=max_factor_dim,
         layers=layers,
     )
@@ -130,6 +134,7 @@ def kbfgs_l(
     powell: Number = 0.2,
     curvature_tolerance: Number = 1e-4,
     norm_constraint: Number | None = None,
+    update_every: Number = 1,
     max_factor_dim: Number | None = None,
     layers: Iterable[Layer] | None = None,
     fallback: optax.GradientTransformation | None = None,
@@ -149,6 +154,7 @@ def kbfgs_l(
         powell: mu_1 of Powell's damping, in (0, 1).
         curvature_tolerance: a pair is stored if ``s.y > tolerance |s|^2 |v|``; at least 0.
         norm_constraint: as in `kbfgs`.
+        update_every: as in `kbfgs`.
         max_factor_dim: an input side longer than this (None: 8192) keeps 100 pairs too.
         layers: which layers, from `find_layers`; by default every ``kernel`` with two axes.
         fallback: what updates all other parameters; ``optax.adam(learning_rate)`` by default.
@@ -169,6 +175,7 @@ def kbfgs_l(
         powell=powell,
         curvature_tolerance=curvature_tolerance,
         norm_constraint=norm_constraint,
+        update_every=update_every,
         max_factor_dim=max_factor_dim,
         layers=layers,
     )
@@ -185,6 +192,7 @@ def kfqn(
     pair_decay: Number = 0.9,
     powell: Number = 0.2,
     norm_constraint: Number | None = None,
+    update_every: Number = 1,
     input_memory: Number | None = None,
     output_memory: Number | None = None,
     max_factor_dim: Number | None = None,
@@ -203,6 +211,7 @@ def kfqn(
         pair_decay: decay of the running averages of s and y, in [0, 1).
         powell: mu_1 of Powell's damping, in (0, 1).
         norm_constraint: as in `kbfgs`.
+        update_every: as in `kbfgs`.
         input_memory: pairs kept for a limited-memory input factor; None for a dense one.
         output_memory: the same for the output factor.
         max_factor_dim: a dense side longer than this (None: 8192) keeps 100 pairs instead.
@@ -223,6 +232,7 @@ def kfqn(
         pair_decay=pair_decay,
         powell=powell,
         norm_constraint=norm_constraint,
+        update_every=update_every,
         input_memory=input_memory,
         output_memory=output_memory,
         max_factor_dim=max_factor_dim,

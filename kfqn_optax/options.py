@@ -40,6 +40,8 @@ class Options:
             code, not in the paper.
         norm_constraint: the most that the squared length of the step in the metric of the factors
             may be, above 0; None for no limit. Not in the paper; see `scale_by_kbfgs`.
+        update_every: k; curvature is measured, and the factors change, in steps 0, k, 2k, ... only;
+            a whole number of at least 1. Not in the paper.
         input_memory: pairs kept for a limited-memory input factor; None for a dense one.
         output_memory: the same for the output factor (K-BFGS(L): p).
         max_factor_dim: a side longer than this is never dense; it keeps `LARGE_MEMORY` pairs. None
@@ -61,6 +63,7 @@ class Options:
     powell: Number = 0.2
     curvature_tolerance: Number = 1e-4
     norm_constraint: Number | None = None
+    update_every: Number = 1
     input_memory: Number | None = None
     output_memory: Number | None = None
     max_factor_dim: Number | None = None
@@ -78,6 +81,7 @@ class Options:
         if self.norm_constraint is not None:
             check("norm_constraint", self.norm_constraint, lambda v: v > 0, "above 0, or None")
         for name, size in (
+            ("update_every", self.update_every),
             ("memory_size", self.output_memory),
             ("input_memory", self.input_memory),
             ("max_factor_dim", self.max_factor_dim),
@@ -106,6 +110,11 @@ def known_size(name: str, value: Number) -> int:
             f"With optax.inject_hyperparams, name it in static_args={name!r}."
         )
     return int(value)
+
+
+def known(value: Number) -> Number | None:
+    """The number, or None where it is traced."""
+    return None if isinstance(value, jax.core.Tracer) else float(value)
 
 
 def check_decay(name: str, value: Number) -> None:

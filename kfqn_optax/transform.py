@@ -4,6 +4,7 @@ K-BFGS, K-BFGS(L) and KFQN take the same step; their `Options` say what their fa
 pairs they learn from. `methods` has the three public transformations.
 """
 
+import functools
 import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, cast
@@ -16,9 +17,9 @@ from kfqn_optax import checks, factors, intake, layer_state
 from kfqn_optax import layers as layers_lib
 from kfqn_optax.checks import MISSING
 from kfqn_optax.direction import precondition
-from kfqn_optax.layer_state import LayerState
+from kfqn_optax.layer_state import WARM, LayerState
 from kfqn_optax.layers import Layer, named_leaves
-from kfqn_optax.options import Options, value_at
+from kfqn_optax.options import Options, known, value_at
 from kfqn_optax.statistics import Statistics
 
 
@@ -84,56 +85,94 @@ def quasi_newton(
                 )
             return updates, ScaleByKBFGSState(count, state.layers)
         checks.check_arguments(params, curvature_fn, present)
-        weights = named_leaves(params)
-        lr = value_at(options.learning_rate, state.count)
-        root = jnp.sqrt(jnp.asarray(value_at(options.damping, state.count)))
-        stored = [p for p, of_layer in state.layers.items() if of_layer.input_moment is not None]
-
-        # The curvature at params; A takes it in, and at the start H_a is made from A.
-        measured = None
-        if curvature_fn is not None:
-            measured = _ask(curvature_fn, params, moments=stored)
-            checks.check_statistics(present, measured, given is None, weights, state.layers)
-        held = {layer.path: state.layers[layer.path] for layer in present}
-        begun = intake.begin(present, held, measured and measured.layers, options.factor_decay)
-        inputs = _input_factors(present, held, begun, curvature_fn, params, options, root)
-        begun = {path: of_layer._replace(input=inputs[path]) for path, of_layer in begun.items()}
-
-        # The direction, with both factors as the previous step left them.
-        directions = precondition(present, begun, gradients, lr, options.norm_constraint)
-        updates = _like(updates, gradients | directions, dtypes=params)
-        if measured is None or curvature_fn is None:
-            return updates, ScaleByKBFGSState(count, begun)
-
-        # The same examples at the point that this step proposes, in the words of
-        # `optax.scale_by_learning_rate` and `apply_updates`, so that XLA computes it once.
-        probe = jax.tree.map(lambda p, u: (p + (-1 * lr) * u).astype(p.dtype), params, updates)
-        probed = _ask(curvature_fn, probe, moments=[])
-        probe_weights = named_leaves(probe)
-
-        # Each factor takes one pair; where A is not stored, from its product with a vector.
-        unstored = [layer for layer in present if layer.path not in stored]
-        products: dict[str, Any] = {}
-        vectors = factors.input_steps(unstored, begun, measured.layers)
-        if vectors:
-            again = curvature_fn(params, moments=[], vectors=vectors)
-            products = {path: again.layers[path].input_product for path in vectors}
-        changes = {
-            layer.path: factors.output_change(
-                layer,
-                layers_lib.to_matrices(layer, weights),
-                layers_lib.to_matrices(layer, probe_weights),
-                measured.layers[layer.path],
-                probed.layers[layer.path],
+        step = functools.partial(_step, options, given is None, present, updates, state, params)
+        every = options.update_every
+        if curvature_fn is None or known(every) == 1:
+            updates, learned = step(curvature_fn)
+        else:
+            warm = [jnp.any(of_layer.stage == WARM) for of_layer in state.layers.values()]
+            updates, learned = jax.lax.cond(
+                (state.count % every == 0) | jnp.any(jnp.stack(warm)),
+                lambda: step(curvature_fn),
+                lambda: step(None, may_start=False),
             )
-            for layer in present
-        }
-        learned = factors.learn(
-            present, begun, measured.layers, probed.layers, products, changes, options, root
-        )
         return updates, ScaleByKBFGSState(count, learned)
 
     return optax.GradientTransformationExtraArgs(cast(Any, init_fn), cast(Any, update_fn))
+
+
+def _step(
+    options: Options,
+    inferred: bool,
+    present: tuple[Layer, ...],
+    updates: Any,
+    state: ScaleByKBFGSState,
+    params: Any,
+    curvature_fn: Callable[..., Statistics] | None,
+    may_start: bool = True,
+) -> tuple[Any, dict[str, LayerState]]:
+    """One step: the updates that leave, and the layers' states.
+
+    Args:
+        options: of the method.
+        inferred: whether the layers were told from the parameters alone.
+        present: the layers.
+        updates: M.
+        state: as the previous step left it.
+        params: the parameters.
+        curvature_fn: None to keep the factors.
+        may_start: False where no input factor can be waiting to be made from a warm start's A; to
+            say so saves compiling that.
+    """
+    gradients, weights = named_leaves(updates), named_leaves(params)
+    lr = value_at(options.learning_rate, state.count)
+    root = jnp.sqrt(jnp.asarray(value_at(options.damping, state.count)))
+    stored = [p for p, of_layer in state.layers.items() if of_layer.input_moment is not None]
+
+    # The curvature at params; A takes it in, and at the start H_a is made from A.
+    measured = None
+    if curvature_fn is not None:
+        measured = _ask(curvature_fn, params, moments=stored)
+        checks.check_statistics(present, measured, inferred, weights, state.layers)
+    held = {layer.path: state.layers[layer.path] for layer in present}
+    begun = intake.begin(present, held, measured and measured.layers, options.factor_decay)
+    if may_start:
+        inputs = _input_factors(present, held, begun, curvature_fn, params, options, root)
+        begun = {path: of_layer._replace(input=inputs[path]) for path, of_layer in begun.items()}
+
+    # The direction, with both factors as the previous step left them.
+    directions = precondition(present, begun, gradients, lr, options.norm_constraint)
+    updates = _like(updates, gradients | directions, dtypes=params)
+    if measured is None or curvature_fn is None:
+        return updates, begun
+
+    # The same examples at the point that this step proposes, in the words of
+    # `optax.scale_by_learning_rate` and `apply_updates`, so that XLA computes it once.
+    probe = jax.tree.map(lambda p, u: (p + (-1 * lr) * u).astype(p.dtype), params, updates)
+    probed = _ask(curvature_fn, probe, moments=[])
+    probe_weights = named_leaves(probe)
+
+    # Each factor takes one pair; where A is not stored, from its product with a vector.
+    unstored = [layer for layer in present if layer.path not in stored]
+    products: dict[str, Any] = {}
+    vectors = factors.input_steps(unstored, begun, measured.layers)
+    if vectors:
+        again = curvature_fn(params, moments=[], vectors=vectors)
+        products = {path: again.layers[path].input_product for path in vectors}
+    changes = {
+        layer.path: factors.output_change(
+            layer,
+            layers_lib.to_matrices(layer, weights),
+            layers_lib.to_matrices(layer, probe_weights),
+            measured.layers[layer.path],
+            probed.layers[layer.path],
+        )
+        for layer in present
+    }
+    learned = factors.learn(
+        present, begun, measured.layers, probed.layers, products, changes, options, root
+    )
+    return updates, learned
 
 
 def _input_factors(

@@ -1,0 +1,112 @@
+"""update_every: curvature in every k-th step only."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from models import problem
+from steps import batches_for, close, layers_of, step_of, types
+
+import kfqn_optax as kfqn
+
+METHODS = {
+    "kbfgs": kfqn.kbfgs,
+    "kbfgs_l": lambda *numbers, **options: kfqn.kbfgs_l(*numbers, memory_size=3, **options),
+    "kfqn": kfqn.kfqn,
+}
+
+
+def kept_in_between(make, every, loss_fn, params, batches):
+    """The same by hand: ``curvature_fn=None`` in the steps between."""
+    tx = make(0.3, 0.3)
+
+    @functools.partial(jax.jit, static_argnames="measured")
+    def step(params, state, batch, measured):
+        fn = kfqn.curvature_fn(loss_fn, params, *batch) if measured else None
+        grads = jax.grad(loss_fn)(params, *batch)
+        updates, state = tx.update(grads, state, params, curvature_fn=fn)
+        return optax.apply_updates(params, updates), state
+
+    states, state = [], tx.init(params)
+    for i, batch in enumerate(batches):
+        params, state = step(params, state, batch, measured=i % every == 0)
+        states.append((params, layers_of(state)))
+    return states
+
+
+@pytest.mark.parametrize(("method", "every"), [("kbfgs", 2), ("kbfgs_l", 3), ("kfqn", 3)])
+def test_it_is_curvature_fn_none_in_the_steps_between(method, every):
+    make = METHODS[method]
+    loss_fn, params, *_ = problem()
+    expected = kept_in_between(make, every, loss_fn, params, batches_for(params, count=5))
+    tx = make(0.3, 0.3, update_every=every)
+    step, state = step_of(tx, loss_fn), tx.init(params)
+    before = types(state)
+    for batch, (expected_params, expected_layers) in zip(
+        batches_for(params, count=5), expected, strict=True
+    ):
+        params, state, _ = step(params, state, *batch)
+        close(params, expected_params, 1e-10)
+        close(layers_of(state), expected_layers, 1e-9)
+    assert types(state) == before
+    assert step._cache_size() == 1
+
+
+def test_factors_change_in_every_kth_step_only():
+    loss_fn, params, *_ = problem()
+    tx = kfqn.kbfgs(0.3, 0.3, update_every=3)
+    step, state = step_of(tx, loss_fn), tx.init(params)
+    changed = []
+    for batch in batches_for(params, count=7):
+        old, (params, state, _) = layers_of(state), step(params, state, *batch)
+        same = jax.tree.map(np.array_equal, old, layers_of(state))
+        changed.append(not all(jax.tree.leaves(same)))
+    assert changed == [True, False, False, True, False, False, True]
+
+
+@pytest.mark.parametrize("method", ["kbfgs", "kfqn"])
+def test_a_warm_start_is_not_left_waiting(method):
+    """A of a warm start lies in the factor's place until a step makes the factor from it."""
+    loss_fn, params, x, t = problem()
+    tx = METHODS[method](0.3, 0.3, update_every=4)
+    step, state = step_of(tx, loss_fn), tx.init(params)
+    for batch in batches_for(params, count=2):
+        params, state, _ = step(params, state, *batch)
+    state = kfqn.warm_start(state, loss_fn, params, [(x, t)])
+    _, warmed, updates = step(params, state, x, t)
+    every = METHODS[method](0.3, 0.3)
+    _, expected, expected_updates = step_of(every, loss_fn)(params, state, x, t)
+    close(updates, expected_updates, 1e-10)
+    close(layers_of(warmed), layers_of(expected), 1e-9)
+
+
+def test_a_traced_number_serves_too():
+    loss_fn, params, *_ = problem()
+    tx = optax.inject_hyperparams(kfqn.scale_by_kbfgs)(0.3, 0.3, update_every=2)
+    plain = kfqn.scale_by_kbfgs(0.3, 0.3, update_every=2)
+    state, expected = tx.init(params), plain.init(params)
+    step, plain_step = step_of(tx, loss_fn), step_of(plain, loss_fn)
+    for batch in batches_for(params, count=3):
+        _, state, _ = step(params, state, *batch)
+        _, expected, _ = plain_step(params, expected, *batch)
+    close(layers_of(state), layers_of(expected), 1e-9)
+
+
+def test_one_is_the_published_method():
+    """No branch is compiled for it: the same program, bit for bit."""
+    loss_fn, params, x, t = problem()
+    results = []
+    for options in [{}, {"update_every": 1}, {"update_every": jnp.asarray(1)}]:
+        tx = kfqn.kbfgs(0.3, 0.3, **options)
+        lowered = step_of(tx, loss_fn).lower(params, tx.init(params), x, t)
+        results.append(lowered.as_text())
+    assert results[0] == results[1] == results[2]
+
+
+@pytest.mark.parametrize("every", [0, -1, 1.5, np.inf])
+def test_out_of_range(every):
+    with pytest.raises(ValueError, match="update_every must be a whole number of at least 1"):
+        kfqn.kbfgs(0.3, 0.3, update_every=every)
