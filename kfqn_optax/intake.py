@@ -125,8 +125,8 @@ def start(
 ) -> dict[str, Any]:
     """The input factors, made from A where this is a layer's first step.
 
-    Layers of one size share one compiled inverse, which takes them in turn: on a CPU, batched
-    calls of LAPACK side by side in one program can wait for each other forever.
+    Layers of similar sizes share one compiled inverse (`_share`), which takes them in turn: on a
+    CPU, batched calls of LAPACK side by side in one program can wait for each other forever.
 
     Args:
         layers: whose states they are.
@@ -137,7 +137,7 @@ def start(
         root: sqrt(lambda).
     """
     inputs = {layer.path: states[layer.path].input for layer in layers}
-    alike: dict[Any, dict[str, tuple]] = {}
+    dense: dict[Any, dict[str, tuple[jax.Array, ...]]] = {}
     for layer in layers:
         path, held = layer.path, inputs[layer.path]
         first = starts(states[path], begun[path])
@@ -150,25 +150,62 @@ def start(
             if A is None:  # not stored: a warm start left it in the factor's place
                 A = layer.over_blocks(_unstored)(states[path].stage, held, moments.get(path, held))
             d = held.shape[-1]
-            row = (
-                first.reshape(-1),
-                damping.reshape(-1),
-                A.reshape(-1, d, d),
-                held.reshape(-1, d, d),
-            )
-            alike.setdefault((d, held.dtype), {})[path] = row
+            row = first.reshape(-1), damping.reshape(-1), A.reshape(-1, d, d)
+            dense.setdefault(held.dtype, {})[path] = row
+    for rows in dense.values():
+        for group in _share({path: (len(A), A.shape[-1]) for path, (_, _, A) in rows.items()}):
+            made = _inverses({path: rows[path] for path in group})
+            for path, H in made.items():
+                first = starts(states[path], begun[path])[..., None, None]
+                inputs[path] = jnp.where(first, H.reshape(inputs[path].shape), inputs[path])
+    return inputs
+
+
+def _share(shapes: Mapping[str, tuple[int, int]]) -> list[list[str]]:
+    """Which layers' matrices are padded to the largest of them, to be inverted by one program.
+
+    A compiled inverse takes about as long to make as a hundred to run, so few are wanted; but what
+    the padding adds must stay within three times what the inverses themselves take.
+
+    Args:
+        shapes: number of matrices and their size d, by layer path.
+    """
+    groups: list[list[str]] = []
+    largest = own = padded = 0
+    for path in sorted(shapes, key=lambda path: -shapes[path][1]):
+        count, d = shapes[path]
+        own, padded = own + count * d**3, padded + count * largest**3
+        if not groups or padded > 4 * own:
+            groups.append([])
+            largest, own, padded = d, count * d**3, count * d**3
+        groups[-1].append(path)
+    return groups
+
+
+def _inverses(rows: Mapping[str, tuple[jax.Array, ...]]) -> dict[str, jax.Array]:
+    """``(A + damping I)^-1`` of every matrix that is wanted, in turn; by layer path.
+
+    Args:
+        rows: whether it is wanted, [n]; damping, [n]; A, [n, d, d].
+    """
+    largest = max(A.shape[-1] for _, _, A in rows.values())
+
+    def pad(A: jax.Array) -> jax.Array:
+        more = largest - A.shape[-1]
+        return jnp.pad(A, ((0, 0), (0, more), (0, more)))
 
     def of_one(row: tuple) -> jax.Array:
-        first, damping, A, held = row
-        return jnp.where(first, bfgs.inverse(A, damping).astype(A.dtype), held)
+        wanted, damping, A = row
+        return jax.lax.cond(wanted, lambda: bfgs.inverse(A, damping).astype(A.dtype), lambda: A)
 
-    for rows in alike.values():
-        made = jax.lax.map(of_one, jax.tree.map(lambda *x: jnp.concatenate(x), *rows.values()))
-        at = 0
-        for path, (first, *_) in rows.items():
-            inputs[path] = made[at : at + len(first)].reshape(inputs[path].shape)
-            at += len(first)
-    return inputs
+    stacked = [(wanted, damping, pad(A)) for wanted, damping, A in rows.values()]
+    made = jax.lax.map(of_one, jax.tree.map(lambda *x: jnp.concatenate(x), *stacked))
+    inverses, at = {}, 0
+    for path, (wanted, _, A) in rows.items():
+        d = A.shape[-1]
+        inverses[path] = made[at : at + len(wanted), :d, :d]
+        at += len(wanted)
+    return inverses
 
 
 def _unstored(stage: jax.Array, held: jax.Array, batch: jax.Array) -> jax.Array:
