@@ -1,17 +1,21 @@
-"""Train loss of the MNIST autoencoder epoch by epoch, for each method and learning rate.
+"""Train loss of the paper's autoencoders epoch by epoch, for each method and learning rate.
 
-    python -m benchmarks.time_to_loss --data FILE.npz --output FILE.jsonl [--methods kbfgs fast ...]
-    python -m benchmarks.time_to_loss --export FILE.npz --data_dir FOLDER
-    python -m benchmarks.time_to_loss --table benchmarks/results/time_to_loss.jsonl
+    python -m benchmarks.time_to_loss --problem curves --data FILE.npz [--methods kbfgs fast ...]
+    python -m benchmarks.time_to_loss --problem curves --export FILE.npz [--data_dir FOLDER]
+    python -m benchmarks.time_to_loss --table
 
 Needs the core packages only, and runs unchanged on a GPU, where all epochs of a run are one
-program. FILE.npz holds ``mnist_train``, the images as uint8 [60000, 784]; ``--export`` writes it
-where the packages of the training command are installed. One line of JSON a run, appended as it
-ends; what the output holds is not run again. No warm start; weight decay 1e-5; batch 1000.
+program. FILE.npz holds ``train``, the examples [n, d] (uint8 stands for 0 to 1); ``--export``
+writes it where the packages of the training command are installed. One line of JSON a run, appended
+to ``benchmarks/results/time_to_loss.jsonl`` as it ends; what that holds is not run again. No warm
+start; weight decay 1e-5; batch 1000.
+
+Learning rates are tried with one seed, and further ones beside them until the best is no edge; the
+best is run with the other seeds.
 
 ``--table`` prints, for the best learning rate of each method, the plain-step equivalents until the
 train loss first reaches some targets: steps (to the end of the epoch) times what a step costs, as a
-multiple of a plain step, in ``benchmarks/results/price_cpu.json``.
+multiple of a plain step, in ``benchmarks/results/price_cpu.json``; and the seconds that is there.
 """
 
 import argparse
@@ -19,6 +23,7 @@ import functools
 import json
 import math
 import statistics
+import time
 from pathlib import Path
 
 import jax
@@ -29,39 +34,50 @@ import optax
 import kfqn_optax as kfqn
 from benchmarks.price import problems
 
-PROBLEM = problems.make("mnist")
-BATCH = PROBLEM.examples
-TARGETS = (100, 70, 60, 58)
+RESULTS = Path(__file__).parent / "results"
+BATCH = problems.BATCH
+EDGES = 3  # at most so many learning rates are added to a grid
+TARGETS = {
+    "mnist": (100, 70, 60, 56),
+    "curves": (150, 110, 90, 80),
+    "faces": (40, 30, 20, 15),
+}
 LIMIT = {"weight_decay": 1e-5, "norm_constraint": 3.0}
-# By method: the transformation for a learning rate, the examples that curvature is measured on
-# (None: it takes none), the learning rates to run, and its name among the candidates of `price`.
+FAST = {"output_memory": 20, "update_every": 4}
+# By method: the transformation for a learning rate, the share of the batch that curvature is
+# measured on (None: it takes none), the first learning rates, and its name among the candidates of
+# `price`.
+OURS = 0.2, 0.4, 0.8, 1.6
 METHODS = {
-    "kbfgs": (lambda lr: kfqn.kbfgs(lr, 0.3, **LIMIT), 1000, (0.3, 0.8), "kbfgs"),
-    "fast": (
+    "kbfgs": (lambda lr: kfqn.kbfgs(lr, 0.3, **LIMIT), 1, OURS, "kbfgs"),
+    "kbfgs, damping 0.1": (lambda lr: kfqn.kbfgs(lr, 0.1, **LIMIT), 1, OURS, "kbfgs"),
+    "fast": (lambda lr: kfqn.kfqn(lr, 0.3, **FAST, **LIMIT), 0.1, OURS, "fast"),
+    "fast, damping 0.1": (lambda lr: kfqn.kfqn(lr, 0.1, **FAST, **LIMIT), 0.1, OURS, "fast"),
+    "fast, every step": (
         lambda lr: kfqn.kfqn(lr, 0.3, output_memory=20, **LIMIT),
-        100,
-        (0.3, 0.5, 0.8, 1.2),
+        0.1,
+        OURS,
         "kfqn, a tenth, 20 pairs out",
     ),
-    "kfqn": (lambda lr: kfqn.kfqn(lr, 0.3, **LIMIT), 1000, (0.3, 0.8), "kfqn"),
-    "kbfgs_l": (lambda lr: kfqn.kbfgs_l(lr, 0.3, **LIMIT), 1000, (0.3, 0.8), "kbfgs_l"),
-    "adam": (optax.adam, None, (3e-4, 1e-3, 2e-3, 3e-3, 1e-2), "adam"),
-    "adam, eps=1e-4": (
-        lambda lr: optax.adam(lr, eps=1e-4), None, (3e-4, 1e-3, 2e-3, 3e-3, 1e-2), "adam"
+    "kfqn": (lambda lr: kfqn.kfqn(lr, 0.3, **LIMIT), 1, OURS, "kfqn"),
+    "kbfgs_l": (lambda lr: kfqn.kbfgs_l(lr, 0.3, **LIMIT), 1, OURS, "kbfgs_l"),
+    "adam": (optax.adam, None, (3e-4, 1e-3, 3e-3, 1e-2), "adam"),
+    "adam, eps 1e-4": (
+        lambda lr: optax.adam(lr, eps=1e-4), None, (3e-4, 1e-3, 3e-3, 1e-2), "adam"
     ),
     "sgdm": (
         lambda lr: optax.sgd(lr, momentum=0.9),
         None,
-        (1e-3, 3e-3, 1e-2, 3e-2, 1e-1),
+        (1e-3, 3e-3, 1e-2, 3e-2),
         "sgd with momentum",
     ),
-    "muon": (optax.contrib.muon, None, (3e-3, 1e-2, 3e-2, 6e-2, 1e-1), "muon"),
+    "muon": (optax.contrib.muon, None, (3e-3, 1e-2, 3e-2, 1e-1), "muon"),
 }  # fmt: skip
 
 
-def initial(seed):
+def initial(problem, seed):
     """Weights and biases uniform within 1 / sqrt(fan-in), as in the paper."""
-    shapes = PROBLEM.shapes()
+    shapes = problem.shapes()
     fan_in = {name: layer["kernel"].shape[0] for name, layer in shapes["params"].items()}
     keys = iter(jax.random.split(jax.random.key(seed), 2 * len(fan_in)))
 
@@ -84,87 +100,120 @@ def orders(seed, epochs, count):
     )  # fmt: skip
 
 
-@functools.partial(jax.jit, static_argnames=("make", "measured"))
-def train(params, images, batches, learning_rate, make, measured):
+@functools.partial(jax.jit, static_argnames=("loss_fn", "make", "share"))
+def train(params, examples, batches, learning_rate, loss_fn, make, share):
     """Train losses after each epoch."""
     tx = make(learning_rate)
-    if measured is None:
+    if share is None:
         tx = optax.chain(optax.add_decayed_weights(LIMIT["weight_decay"]), tx)
 
     def step(carry, batch):
         params, state = carry
-        x = images[batch]
-        grads = jax.grad(PROBLEM.loss_fn)(params, x)
+        x = examples[batch]
+        grads = jax.grad(loss_fn)(params, x)
         extra = {}
-        if measured is not None:
-            extra["curvature_fn"] = kfqn.curvature_fn(PROBLEM.loss_fn, params, x[:measured])
+        if share is not None:
+            part = x[: round(share * BATCH)]
+            extra["curvature_fn"] = kfqn.curvature_fn(loss_fn, params, part)
         updates, state = tx.update(grads, state, params, **extra)
         return (optax.apply_updates(params, updates), state), None
 
     def epoch(carry, batches):
         carry, _ = jax.lax.scan(step, carry, batches)
-        parts = images.reshape(-1, 5 * BATCH, images.shape[1])
-        return carry, jnp.mean(jax.lax.map(lambda x: PROBLEM.loss_fn(carry[0], x), parts))
+        parts = examples.reshape(-1, 5 * BATCH, examples.shape[1])
+        return carry, jnp.mean(jax.lax.map(lambda x: loss_fn(carry[0], x), parts))
 
     return jax.lax.scan(epoch, (params, tx.init(params)), batches)[1]
 
 
 def run_all(options):
-    done = []
-    if options.output.exists():
-        done = [json.loads(line) for line in options.output.read_text().splitlines()]
-    images = jnp.asarray(np.load(options.data)["mnist_train"], jnp.float32) / 255
-    device = jax.devices()[0].device_kind
+    examples = np.load(options.data)["train"]
+    if examples.dtype == np.uint8:
+        examples = examples.astype(np.float32) / 255
+    problem, examples = problems.make(options.problem), jnp.asarray(examples, jnp.float32)
+
+    def final(method, rate, seed):
+        key = {"problem": problem.name, "method": method, "learning_rate": rate, "seed": seed}
+        key |= {"examples": len(examples), "epochs": options.epochs}
+        found = next((run for run in read(options.output) if key.items() <= run.items()), None)
+        if found is None:
+            make, share, _, _ = METHODS[method]
+            batches, begin = orders(seed, options.epochs, len(examples)), time.perf_counter()
+            arguments = initial(problem, seed), examples, batches, rate
+            losses = jax.device_get(train(*arguments, problem.loss_fn, make, share))
+            found = key | {
+                "device": jax.devices()[0].device_kind,
+                "jax": jax.__version__,
+                "seconds_with_compile": round(time.perf_counter() - begin, 1),
+                "train_loss": [round(float(loss), 2) for loss in losses],
+            }
+            with options.output.open("a") as file:
+                file.write(json.dumps(found) + "\n")
+        last = found["train_loss"][-1]
+        return last if math.isfinite(last) else math.inf
+
     for method in options.methods:
-        make, measured, rates, _ = METHODS[method]
-        best = {}
-        for seed in options.seeds:
-            # Further seeds for the best learning rate of the first only.
-            for rate in rates if not best else [min(best, key=best.get)]:
-                key = {"method": method, "learning_rate": rate, "seed": seed}
-                found = next((r for r in done if key.items() <= r.items()), None)
-                if found is None:
-                    batches = orders(seed, options.epochs, len(images))
-                    losses = train(initial(seed), images, batches, rate, make, measured)
-                    losses = [round(float(loss), 2) for loss in losses]
-                    found = key | {"device": device, "jax": jax.__version__, "train_loss": losses}
-                    with options.output.open("a") as file:
-                        file.write(json.dumps(found) + "\n")
-                final = found["train_loss"][-1]
-                if seed == options.seeds[0]:
-                    best[rate] = final if math.isfinite(final) else math.inf
+        rates = METHODS[method][2]
+        losses = {rate: final(method, rate, options.seeds[0]) for rate in rates}
+        ratio = rates[1] / rates[0]
+        for _ in range(EDGES):
+            best = min(losses, key=losses.__getitem__)
+            beside = {max(losses): best * ratio, min(losses): best / ratio}.get(best)
+            if beside is None:
+                break
+            beside = float(f"{beside:.1g}")
+            losses[beside] = final(method, beside, options.seeds[0])
+        for seed in options.seeds[1:]:
+            final(method, min(losses, key=losses.__getitem__), seed)
 
 
-def table(path):
-    runs = [json.loads(line) for line in path.read_text().splitlines()]
-    prices = json.loads((Path(__file__).parent / "results" / "price_cpu.json").read_text())
-    rows = prices["steps"][PROBLEM.name]["rows"]
-    print("| method | learning rate | step | " + " | ".join(f"to {t}" for t in TARGETS), end="")
-    print(" | loss after 5 epochs | 10 |\n|---|---|---|" + "---|" * (len(TARGETS) + 2))
-    for method, (_, _, _, name) in METHODS.items():
+def read(path):
+    """The runs in a file."""
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def table(path, name, prices):
+    """Prints what a problem's runs came to."""
+    runs = [run for run in read(path) if run["problem"] == name]
+    rows, targets = prices[name]["rows"], TARGETS[name]
+    print(f"\n{name}, {runs[0]['examples']} examples, train loss; plain-step equivalents (seconds)")
+    print("\n| method | learning rate | seeds | step | runs |", end=" ")
+    print(" | ".join(f"to {t}" for t in targets), end=" | half way | end |\n")
+    print("|---" * (len(targets) + 7) + "|")
+    for method, (_, _, _, candidate) in METHODS.items():
         mine = [run for run in runs if run["method"] == method]
-        finished = [run for run in mine if math.isfinite(run["train_loss"][-1])]
-        if not finished:
+        if not any(math.isfinite(run["train_loss"][-1]) for run in mine):
             continue
-        rate = min(finished, key=lambda run: run["train_loss"][-1])["learning_rate"]
-        curves = [run["train_loss"] for run in mine if run["learning_rate"] == rate]
+        best = min(mine, key=_last)["learning_rate"]
+        curves = [run["train_loss"] for run in mine if run["learning_rate"] == best]
         median = [statistics.median(losses) for losses in zip(*curves, strict=True)]
-        ratio = rows[name]["ratio"]
+        ratio, plain = rows[candidate]["ratio"], rows["plain"]["median_s"]
         cells = []
-        for target in TARGETS:
+        for target in targets:
             epoch = next((i for i, loss in enumerate(median, 1) if loss <= target), None)
-            cells.append("not" if epoch is None else f"{epoch * 60 * ratio:.0f}")
-        print(f"| {method} | {rate:g} | {ratio:.2f} | " + " | ".join(cells), end="")
-        print(f" | {median[4]:.1f} | {median[-1]:.1f} |")
+            equivalents = (epoch or 0) * (runs[0]["examples"] // BATCH) * ratio
+            cells.append(
+                "not" if epoch is None else f"{equivalents:.0f} ({equivalents * plain:.0f})"
+            )
+        cells += [f"{median[len(median) // 2 - 1]:.1f}", f"{median[-1]:.1f}"]
+        print(f"| {method} | {best:g} | {len(curves)} | {ratio:.2f} | {len(mine)} | ", end="")
+        print(" | ".join(cells), end=" |\n")
+
+
+def _last(run):
+    last = run["train_loss"][-1]
+    return last if math.isfinite(last) else math.inf
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--problem", default="mnist", choices=list(TARGETS))
     parser.add_argument("--data", type=Path)
     parser.add_argument("--export", type=Path)
-    parser.add_argument("--data_dir")
-    parser.add_argument("--table", type=Path)
-    parser.add_argument("--output", type=Path)
+    parser.add_argument("--data_dir", default=None)
+    parser.add_argument("--examples", type=int, help="exported of the training set")
+    parser.add_argument("--table", action="store_true")
+    parser.add_argument("--output", type=Path, default=RESULTS / "time_to_loss.jsonl")
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--epochs", type=int, default=10)
@@ -172,10 +221,15 @@ def main():
     if options.export:
         from kfqn_optax.experiment.datasets import load
 
-        images = np.rint(255 * load("mnist", options.data_dir).train).astype(np.uint8)
-        np.savez_compressed(options.export, mnist_train=images)
+        data = load(options.problem, options.data_dir, train_examples=options.examples)
+        train = data.train
+        if options.problem == "mnist":
+            train = np.rint(255 * train).astype(np.uint8)
+        np.savez_compressed(options.export, train=train)
     elif options.table:
-        table(options.table)
+        prices = json.loads((RESULTS / "price_cpu.json").read_text())["steps"]
+        for name in dict.fromkeys(run["problem"] for run in read(options.output)):
+            table(options.output, name, prices)
     else:
         run_all(options)
 

@@ -35,9 +35,9 @@ def apply(H: Factor, vectors: jax.Array) -> jax.Array:
 
 def apply_to_rows(H: Factor, vectors: jax.Array) -> jax.Array:
     """H times the rows of a matrix, [k, d]; H is symmetric."""
-    if isinstance(H, jax.Array):
-        return bfgs.apply_to_rows(H, vectors)
-    return apply(H, vectors.T).T
+    if isinstance(H, Diagonal):
+        return vectors * H.inverse
+    return (lbfgs if isinstance(H, Memory) else bfgs).apply_to_rows(H, vectors)
 
 
 def size(H: Factor) -> int:

@@ -128,6 +128,14 @@ def apply(H: Memory, vectors: jax.Array) -> jax.Array:
     return q + pairs.matmul(H.s.T, pairs.matmul(H.R_inverse.T, beta))
 
 
+def apply_to_rows(H: Memory, vectors: jax.Array) -> jax.Array:
+    """H times the rows of ``vectors``, [k, d] -> [k, d]: `apply` without transposing them."""
+    alpha = pairs.matmul(pairs.matmul(vectors, H.s.T), H.R_inverse.T)
+    q = vectors - pairs.matmul(alpha, H.y)
+    beta = H.sy * alpha - pairs.matmul(q, H.y.T)
+    return q + pairs.matmul(pairs.matmul(beta, H.R_inverse), H.s)
+
+
 def dense(H: Memory) -> jax.Array:
     """The inverse as a matrix, [d, d]."""
     return apply(H, jnp.eye(H.s.shape[-1], dtype=H.s.dtype))

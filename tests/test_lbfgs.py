@@ -106,6 +106,7 @@ def test_apply_is_a_product_with_the_matrix():
     assert relative(product, dense(H) @ vectors) < 1e-13
     assert lbfgs.apply(H, vectors[:, 2]).shape == (6,)
     assert relative(lbfgs.apply(H, vectors[:, 2]), product[:, 2]) < 1e-13
+    assert relative(lbfgs.apply_to_rows(H, vectors.T), product.T) < 1e-13
 
 
 @pytest.mark.parametrize("count", [0, 2, 7])

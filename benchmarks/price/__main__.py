@@ -39,7 +39,7 @@ def parse() -> argparse.Namespace:
         "--candidates", nargs="*", default=["main"], help=f"main, all, or of {list(candidates.ALL)}"
     )
     add("--stages", nargs="*", default=[], help="candidates of ours whose stages are timed too")
-    add("--rounds", type=int, default=15, help="timed steps of each program")
+    add("--rounds", type=int, default=20, help="timed steps of each program")
     add("--seconds", type=float, default=120.0, help="most that the timed rounds of a size take")
     add("--threads", type=int, help="programs compiled at once; 1 on a CPU, else 8")
     add("--precision", help="of products of float32 matrices, e.g. highest; the device's own")
@@ -55,9 +55,9 @@ def jobs(options: argparse.Namespace, found: dict[str, Any], pool: ThreadPoolExe
         problem = problems.make(name)
         shapes = problem.shapes()
 
-        def submit(label, step, tx=None, problem=problem, shapes=shapes):
+        def submit(label, step, tx=None, every=1, problem=problem, shapes=shapes):
             init = tx.init if tx else None
-            return measure.compile_step(pool, label, step, shapes, problem.batch, init)
+            return measure.compile_step(pool, label, step, shapes, problem.batch, init, every)
 
         if chosen:
             plain = candidates.plain_step(problem)
@@ -66,7 +66,7 @@ def jobs(options: argparse.Namespace, found: dict[str, Any], pool: ThreadPoolExe
                 try:
                     tx = candidate.make(problem)
                     step = candidates.training_step(problem, candidate, tx)
-                    waiting[label] = submit(label, step, tx)
+                    waiting[label] = submit(label, step, tx, candidate.every)
                 except Exception as error:  # a peer that wants other arguments, for one
                     waiting[label] = f"{type(error).__name__}: {str(error)[:300]}"
             yield "steps", name, problem, chosen, waiting

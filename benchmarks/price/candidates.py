@@ -25,6 +25,7 @@ class Candidate:
         moment: whether the input second moment A is stored.
         input_memory: pairs on the input side; None for a matrix.
         output_memory: the same on the output side.
+        every: curvature is measured in every so many steps.
         extra: further extra arguments of ``update``, from the loss and the batch.
     """
 
@@ -34,10 +35,11 @@ class Candidate:
     moment: bool = True
     input_memory: int | None = None
     output_memory: int | None = None
+    every: int = 1
     extra: Callable[..., dict[str, Any]] | None = None
 
 
-def _ours(method, examples: float | None = 1.0, moment=True, output=None, **memories) -> Candidate:
+def _ours(method, examples: float | None = 1.0, moment=True, output=None, **options) -> Candidate:
     def make(problem):
         return method(
             RATE,
@@ -46,12 +48,13 @@ def _ours(method, examples: float | None = 1.0, moment=True, output=None, **memo
             norm_constraint=3.0,
             fallback=optax.adam(1e-3),
             layers=problem.layers(),
-            **memories,
+            **options,
         )
 
-    sides = {name: memories.get(name) for name in ("input_memory", "output_memory")}
+    sides = {name: options.get(name) for name in ("input_memory", "output_memory")}
     sides["output_memory"] = sides["output_memory"] or output
-    return Candidate(make, examples, ours=True, moment=moment, **sides)
+    every = options.get("update_every", 1)
+    return Candidate(make, examples, ours=True, moment=moment, every=every, **sides)
 
 
 def _peer(make, extra=None) -> Candidate:
@@ -69,6 +72,7 @@ MAIN = {
     "kfqn": _ours(kfqn.kfqn, moment=False),
     "kfqn, a tenth": _ours(kfqn.kfqn, 0.1, moment=False),
     "kfqn, a tenth, 20 pairs out": _ours(kfqn.kfqn, 0.1, moment=False, output_memory=20),
+    "fast": _ours(kfqn.kfqn, 0.1, moment=False, output_memory=20, update_every=4),
     "kbfgs, factors kept": _ours(kfqn.kbfgs, None),
 }
 MORE = {
