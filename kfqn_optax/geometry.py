@@ -28,6 +28,7 @@ import jax.numpy as jnp
 from jax import lax
 
 _HIGHEST = lax.Precision.HIGHEST
+_WIDE = 512  # a second moment of this size or more is made in three parts of four
 
 
 class Geometry(abc.ABC):
@@ -55,7 +56,17 @@ class Geometry(abc.ABC):
     def moment(self, inputs: jax.Array, dtype: Any) -> jax.Array:
         """Sum of x x^T, [d, d] or [G, d, d]."""
         rows = self.input_rows(inputs, dtype)
-        return jnp.einsum("n...i,n...j->...ij", rows, rows, precision=_HIGHEST)
+        if rows.shape[-1] < _WIDE:
+            return _inner(rows, rows)
+        left, right = jnp.split(rows, [rows.shape[-1] // 2], axis=-1)
+        corner = _inner(left, right)
+        return jnp.concatenate(
+            [
+                jnp.concatenate([_inner(left, left), corner], axis=-1),
+                jnp.concatenate([corner.swapaxes(-1, -2), _inner(right, right)], axis=-1),
+            ],
+            axis=-2,
+        )
 
     def product(self, inputs: jax.Array, vector: jax.Array, dtype: Any) -> jax.Array:
         """Sum of x (x . v), which is `moment` times v, for a vector v, [d] or [G, d]."""
@@ -263,6 +274,11 @@ class Lookup(Geometry):
         if indices.dtype.itemsize < 4:  # an int8 cannot hold the size of a large table
             indices = indices.astype(jnp.int32)
         return jnp.zeros_like(indices) if self.size == 1 else indices
+
+
+def _inner(left: jax.Array, right: jax.Array) -> jax.Array:
+    """Sum over rows of x y^T, [d, e] or [G, d, e], for rows x and y."""
+    return jnp.einsum("n...i,n...j->...ij", left, right, precision=_HIGHEST)
 
 
 def _rows(

@@ -187,6 +187,16 @@ some_geometries = pytest.mark.parametrize(
 )
 
 
+@pytest.mark.parametrize("shape", [(4, 511), (4, 512), (4, 601), (3, 2, 517)], ids=str)
+def test_a_wide_moment_is_made_in_parts(shape):
+    rows = np.random.default_rng(0).normal(size=shape)
+    blocks = (1,) if len(shape) == 3 else ()
+    last = (len(shape) - 1,)
+    geometry = Contraction((0,), blocks, last, (0,), blocks, last)
+    moment = np.asarray(geometry.moment(jnp.asarray(rows), jnp.float64))
+    close(moment, np.einsum("n...i,n...j->...ij", rows, rows))
+
+
 @some_geometries
 def test_under_jit_and_vmap(geometry, inputs):
     stack = jnp.stack([inputs, jnp.flip(inputs, axis=0), jnp.roll(inputs, 1, axis=-1)])
