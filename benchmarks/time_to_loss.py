@@ -43,7 +43,7 @@ TARGETS = {
     "faces": (40, 30, 20, 15),
 }
 LIMIT = {"weight_decay": 1e-5, "norm_constraint": 3.0}
-FAST = {"output_memory": 20, "update_every": 4}
+FAST = {"output_memory": 20, "update_every": 2}
 # By method: the transformation for a learning rate, the share of the batch that curvature is
 # measured on (None: it takes none), the first learning rates, and its name among the candidates of
 # `price`.

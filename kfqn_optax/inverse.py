@@ -36,7 +36,7 @@ def apply(H: Factor, vectors: jax.Array) -> jax.Array:
 def apply_to_rows(H: Factor, vectors: jax.Array) -> jax.Array:
     """H times the rows of a matrix, [k, d]; H is symmetric."""
     if isinstance(H, Diagonal):
-        return vectors * H.inverse
+        return vectors * H.inverse[None, :]
     return (lbfgs if isinstance(H, Memory) else bfgs).apply_to_rows(H, vectors)
 
 

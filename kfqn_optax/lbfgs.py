@@ -132,7 +132,7 @@ def apply_to_rows(H: Memory, vectors: jax.Array) -> jax.Array:
     """H times the rows of ``vectors``, [k, d] -> [k, d]: `apply` without transposing them."""
     alpha = pairs.matmul(pairs.matmul(vectors, H.s.T), H.R_inverse.T)
     q = vectors - pairs.matmul(alpha, H.y)
-    beta = H.sy * alpha - pairs.matmul(q, H.y.T)
+    beta = H.sy[None, :] * alpha - pairs.matmul(q, H.y.T)
     return q + pairs.matmul(pairs.matmul(beta, H.R_inverse), H.s)
 
 

@@ -72,7 +72,7 @@ MAIN = {
     "kfqn": _ours(kfqn.kfqn, moment=False),
     "kfqn, a tenth": _ours(kfqn.kfqn, 0.1, moment=False),
     "kfqn, a tenth, 20 pairs out": _ours(kfqn.kfqn, 0.1, moment=False, output_memory=20),
-    "fast": _ours(kfqn.kfqn, 0.1, moment=False, output_memory=20, update_every=4),
+    "fast": _ours(kfqn.kfqn, 0.1, moment=False, output_memory=20, update_every=2),
     "kbfgs, factors kept": _ours(kfqn.kbfgs, None),
 }
 MORE = {
