@@ -219,7 +219,8 @@ def _inputs(layers, states, measured, products, options, root) -> dict[str, dict
         pair = pairs.hessian_action(s, As, damping)
         status = pairs.pair_status(pair, a, options.curvature_tolerance)
         # A factor does not learn from what A has not taken in, nor before it is made from A.
-        status = jnp.where(is_usable(seen) & (stage == RUNNING), status, pairs.NOT_FINITE)
+        learns = is_usable(seen) & (stage == RUNNING) & is_damping(damping)
+        status = jnp.where(learns, status, pairs.NOT_FINITE)
         return _Offer(pair, jnp.where(at != 0, status, pairs.NOT_MEASURED))
 
     seen = {

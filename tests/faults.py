@@ -76,7 +76,7 @@ def program(method):
             spoiled = {
                 path: layer._replace(
                     **{
-                        field: getattr(layer, field) * scale[path][field].astype(jnp.float32)
+                        field: getattr(layer, field) * scale[path][field]
                         for field in FIELDS
                         if getattr(layer, field) is not None
                     }
@@ -87,9 +87,7 @@ def program(method):
 
         gradient = {
             "params": {
-                name: jax.tree.map(
-                    lambda g, by=faults["gradient"][f"params/{name}"]: g * by.astype(g.dtype), layer
-                )
+                name: jax.tree.map(lambda g, by=faults["gradient"][f"params/{name}"]: g * by, layer)
                 for name, layer in jax.grad(LOSS)(params, x, targets)["params"].items()
             }
         }
@@ -97,7 +95,7 @@ def program(method):
         return optax.apply_updates(params, updates), state, updates
 
     def run(params, state, faults=None, x=X, targets=T):
-        return step(params, state, x, targets, jax.tree.map(jnp.asarray, faults or none()))
+        return step(params, state, x, targets, jax.tree.map(np.float32, faults or none()))
 
     return run
 
@@ -152,6 +150,6 @@ _dense = jax.jit(lbfgs.dense)
 def assert_counted(before, after):
     """The counts went up by what the statuses say."""
     for path, layer in layers_of(after).items():
-        happened = [int(getattr(layer, name) == value) for name, value in layer_state.COLUMNS]
+        happened = [np.asarray(getattr(layer, name)) == v for name, v in layer_state.COLUMNS]
         grown = np.asarray(layer.counts) - np.asarray(layers_of(before)[path].counts)
-        np.testing.assert_array_equal(grown, happened, path)
+        np.testing.assert_array_equal(grown, np.stack(happened, axis=-1), path)
