@@ -8,8 +8,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from faults import LAYERS, T, X, fault, layers_of, program, trained, untroubled
-from models import problem
-from steps import step_of
 from test_faults import AT_FIRST, goes_on, kept, methods, whens
 
 import kfqn_optax as kfqn
@@ -192,17 +190,6 @@ def test_edges(method, edge):
         faults.assert_same(first, layers_of(trained(method, AT_FIRST)[1])[LAYERS[0]], "output", "y")
     else:
         assert health[LAYERS[0]].input["updated"] == 10
-
-
-def test_batches_of_one_example():
-    loss_fn, params, x, targets = problem((4, 1, 3), batch=1, dtype=jnp.float32, seed=4)
-    tx = kfqn.kbfgs(0.1, 0.1)
-    state, step, before = tx.init(params), step_of(tx, loss_fn), float(loss_fn(params, x, targets))
-    for _ in range(10):
-        params, state, _ = step(params, state, x, targets)
-        faults.assert_sound(state)
-    assert float(loss_fn(params, x, targets)) < before
-    assert kfqn.health(state).totals()["updated"] == 2 * 3 * 10
 
 
 @methods

@@ -264,10 +264,9 @@ def test_non_finite_after_the_last_step(tmp_path):
     assert [line["epoch"] for line in _lines(tmp_path)] == [0]
 
 
-@pytest.mark.parametrize(("optimizer", "values"), [("kbfgs", {}), ("kfqn", {"momentum": 0.0})])
-def test_divergence_with_a_huge_learning_rate(tmp_path, optimizer, values):
+def test_divergence_with_a_huge_learning_rate(tmp_path):
     """The run can be read, and the same command says the same."""
-    config = tiny.config(optimizer=optimizer, learning_rate=1e8, weight_decay=0.1, **values)
+    config = tiny.config(optimizer="kbfgs", learning_rate=1e8, weight_decay=0.1)
     messages = []
     for _ in range(2):
         with pytest.raises(NonFiniteLoss, match="the same command stops here again") as error:
