@@ -1,6 +1,7 @@
 """Kronecker-factored quasi-Newton methods as Optax gradient transformations for Flax."""
 
 from kfqn_optax.capture import curvature_fn, find_layers
+from kfqn_optax.health import Health, LayerHealth, health
 from kfqn_optax.layer_state import LayerState
 from kfqn_optax.layers import Layer
 from kfqn_optax.methods import scale_by_kbfgs, scale_by_kbfgs_l, scale_by_kfqn
@@ -13,7 +14,9 @@ from kfqn_optax.transform import ScaleByKBFGSState
 from kfqn_optax.warm_start import warm_start
 
 __all__ = [
+    "Health",
     "Layer",
+    "LayerHealth",
     "LayerState",
     "LayerStatistics",
     "ScaleByKBFGSState",
@@ -22,6 +25,7 @@ __all__ = [
     "curvature_fn",
     "find_layers",
     "find_nnx_layers",
+    "health",
     "kbfgs",
     "kbfgs_l",
     "kfqn",

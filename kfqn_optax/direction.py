@@ -27,7 +27,8 @@ def precondition(
 
     The squared length of the step in the metric of the factors is ``learning_rate^2 <P, H^-1 P>``,
     which is ``learning_rate^2 <M, P>``. Where it is above the limit, all P are scaled down together
-    until it is the limit.
+    until it is the limit. Where it is not finite, because it overflows or because some M is not, it
+    is above any limit: P is scaled to 0, and stays what it is where it is not a number.
 
     Args:
         layers: which layers.
@@ -51,6 +52,7 @@ def precondition(
     if limit is not None:
         squared = learning_rate**2 * sum(jnp.vdot(M[layer], P[layer]) for layer in layers)
         scale = jnp.where(squared > limit, jnp.sqrt(limit / jnp.where(squared > 0, squared, 1)), 1)
+        scale = jnp.where(jnp.isfinite(squared), scale, 0)
         P = {layer: P_of * scale.astype(P_of.dtype) for layer, P_of in P.items()}
     return {
         name: leaf

@@ -18,14 +18,14 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from kfqn_optax import bfgs, inverse, lbfgs, pairs
+from kfqn_optax import bfgs, intake, inverse, layer_state, lbfgs, pairs
 from kfqn_optax.inverse import Diagonal
-from kfqn_optax.layer_state import LayerState
+from kfqn_optax.layer_state import RUNNING, LayerState
 from kfqn_optax.layers import Layer
-from kfqn_optax.options import Options, dampings
+from kfqn_optax.options import Options, dampings, is_damping
 from kfqn_optax.packed import Rows
 from kfqn_optax.pairs import Pair
-from kfqn_optax.statistics import LayerStatistics, running_average
+from kfqn_optax.statistics import LayerStatistics, is_usable, running_average
 
 States = Mapping[str, LayerState]
 Measured = Mapping[str, LayerStatistics]
@@ -94,6 +94,13 @@ def learn(
             input_moment=states[layer.path].input_moment,
             positions=states[layer.path].positions,
             stage=states[layer.path].stage,
+            counts=layer_state.count(
+                states[layer.path].counts,
+                inputs[layer.path]["input_status"],
+                outputs[layer.path]["output_status"],
+                outputs[layer.path]["powell_damped"],
+                outputs[layer.path]["second_damped"],
+            ),
         )
         for layer in layers
     }
@@ -137,7 +144,7 @@ def _outputs(layers, states, measured, probed, changes, options, root) -> dict[s
     def average(s, y, change, at, plus) -> tuple[Pair, jax.Array, jax.Array]:
         raw = Pair(change, plus.cotangent_mean - at.cotangent_mean)
         reached = (at.rows != 0) & (plus.rows != 0)
-        finite = jnp.isfinite(jnp.sum(raw.s)) & jnp.isfinite(jnp.sum(raw.y))
+        finite = is_usable(raw.s) & is_usable(raw.y)
         # A mean of cotangents that cancel exactly (softmax does not see a shift of all keys) is
         # noise, and so is its change; damping would make a pair of it all the same. Cotangents that
         # do not cancel have a mean of at least their size over the square root of their number.
@@ -161,6 +168,7 @@ def _outputs(layers, states, measured, probed, changes, options, root) -> dict[s
         else:
             damped, by_powell, by_second = pairs.damp_double(average, Hy, options.powell, damping)
         status = pairs.pair_status(damped, at.cotangent_mean, options.curvature_tolerance)
+        status = jnp.where(is_damping(damping), status, pairs.NOT_FINITE)
         status = jnp.where(refusal == pairs.UPDATED, status, refusal)
         return _Offer(damped, status, by_powell & usable, by_second & usable)
 
@@ -206,12 +214,18 @@ def _is_noise(measured: LayerStatistics) -> jax.Array:
 def _inputs(layers, states, measured, products, options, root) -> dict[str, dict[str, Any]]:
     """What changes of a state on the input side; the matrix to invert is known: exact pairs."""
 
-    def action(s, As, a, rows_seen, positions) -> _Offer:
+    def action(s, As, a, seen, at, positions, stage) -> _Offer:
         damping, _ = dampings(options, root, positions)
         pair = pairs.hessian_action(s, As, damping)
         status = pairs.pair_status(pair, a, options.curvature_tolerance)
-        return _Offer(pair, jnp.where(rows_seen != 0, status, pairs.NOT_MEASURED))
+        # A factor does not learn from what A has not taken in, nor before it is made from A.
+        learns = is_usable(seen) & (stage == RUNNING) & is_damping(damping)
+        status = jnp.where(learns, status, pairs.NOT_FINITE)
+        return _Offer(pair, jnp.where(at != 0, status, pairs.NOT_MEASURED))
 
+    seen = {
+        layer.path: intake.witness(states[layer.path], measured[layer.path]) for layer in layers
+    }
     steps = input_steps(layers, states, measured)
     learning = [layer for layer in layers if layer.path in steps]
     updated = {}
@@ -228,16 +242,22 @@ def _inputs(layers, states, measured, products, options, root) -> dict[str, dict
             rows.pack(steps),
             rows.pack(As),
             rows.pack({path: measured[path].input_mean for path in steps}),
+            rows.pack({path: seen[path] for path in steps}),
             rows.pack({path: measured[path].rows for path in steps}),
             rows.pack({path: states[path].positions for path in steps}),
+            rows.pack({path: states[path].stage for path in steps}),
         )
         updated = _update(learning, rows, {path: states[path].input for path in steps}, offers)
     for path in [layer.path for layer in layers if layer.path not in steps]:
         # The lookups of an embedding: A is diagonal.
         damping, _ = dampings(options, root, states[path].positions)
-        inverse_ = Diagonal(1 / (states[path].input_moment + damping[..., None]))
-        status = jnp.where(measured[path].rows > 0, pairs.UPDATED, pairs.NOT_MEASURED)
-        updated[path] = inverse_, status.astype(jnp.int32)
+        usable = jnp.isfinite(jnp.sum(seen[path] ** 2, axis=-1)) & is_damping(damping)
+        status = jnp.where(usable, pairs.UPDATED, pairs.NOT_FINITE)
+        status = jnp.where(measured[path].rows != 0, status, pairs.NOT_MEASURED).astype(jnp.int32)
+        new = 1 / (states[path].input_moment + damping[..., None])
+        held = states[path].input.inverse
+        learned = (status == pairs.UPDATED)[..., None]
+        updated[path] = Diagonal(jnp.where(learned, new, held)), status
     return {
         path: {"input": factor, "input_status": status}
         for path, (factor, status) in updated.items()

@@ -13,9 +13,9 @@ from kfqn_optax import bfgs
 from kfqn_optax.inverse import Diagonal
 from kfqn_optax.layer_state import EMPTY, RUNNING, WARM, LayerState
 from kfqn_optax.layers import Layer
-from kfqn_optax.options import Number, Options, dampings
+from kfqn_optax.options import Number, Options, dampings, is_damping
 from kfqn_optax.packed import Rows
-from kfqn_optax.statistics import LayerStatistics
+from kfqn_optax.statistics import LayerStatistics, is_usable
 
 
 class _Intake(NamedTuple):
@@ -33,12 +33,13 @@ def begin(
     states: Mapping[str, LayerState],
     measured: Mapping[str, LayerStatistics] | None,
     decay: Number,
+    root: jax.Array,
 ) -> dict[str, LayerState]:
     """A takes in the batch (Algorithm 2 of the paper).
 
     A is the first batch's moment, unless `warm_start` gave one, which the first batch then does not
     enter; afterwards a running average. A batch that did not reach the layer, or whose moment is
-    not finite, leaves A as it is.
+    not finite or too large to be squared, leaves A as it is.
 
     Args:
         layers: whose states they are.
@@ -47,22 +48,25 @@ def begin(
             a warm start the input factor is made from A even so (`start`), and A stays open to the
             first batch that is measured.
         decay: factor_decay.
+        root: sqrt(lambda). While a schedule's lambda is not a number above 0, A stays as it is too,
+            and no layer starts.
     """
+    damped = is_damping(root)
     if measured is None:
-        return {layer.path: _closed(states[layer.path]) for layer in layers}
+        return {layer.path: _closed(states[layer.path], damped) for layer in layers}
 
     def intake(seen, rows, examples, stage, positions) -> _Intake:
-        usable = (rows > 0) & jnp.isfinite(jnp.sum(seen))
+        usable = (rows > 0) & is_usable(seen) & damped
         running = jnp.asarray(decay, seen.dtype)
         return _Intake(
             usable=usable,
             old=jnp.where(stage == EMPTY, 0, jnp.where(stage == WARM, 1, running)),
             new=jnp.where(stage == EMPTY, 1, jnp.where(stage == WARM, 0, 1 - running)),
             positions=jnp.where(rows > 0, rows / examples, positions),
-            stage=jnp.where(usable | (stage == WARM), RUNNING, stage),
+            stage=jnp.where(usable | (damped & (stage == WARM)), RUNNING, stage),
         )
 
-    seen = {layer.path: _seen(states[layer.path], measured[layer.path]) for layer in layers}
+    seen = {layer.path: witness(states[layer.path], measured[layer.path]) for layer in layers}
     rows = Rows(seen)
     intakes = rows.map(
         intake,
@@ -78,20 +82,20 @@ def begin(
     }
 
 
-def _closed(state: LayerState) -> LayerState:
+def _closed(state: LayerState, damped: jax.Array) -> LayerState:
     """The state without a batch: a warm start is used up, where A is not stored."""
     if state.input_moment is not None:
         return state
-    return state._replace(stage=jnp.where(state.stage == WARM, RUNNING, state.stage))
+    return state._replace(stage=jnp.where((state.stage == WARM) & damped, RUNNING, state.stage))
 
 
-def _seen(state: LayerState, measured: LayerStatistics) -> jax.Array:
-    """A vector that is finite if what A takes in is; [*blocks, d_in]."""
+def witness(state: LayerState, measured: LayerStatistics) -> jax.Array:
+    """A vector that is usable if what A takes in is; [*blocks, d_in]."""
     moment = measured.input_moment
     if state.input_moment is None or moment is None:
         return measured.input_mean
     matrix = moment.ndim > measured.input_mean.ndim
-    return jnp.sum(moment, axis=-1) if matrix else moment
+    return jnp.sum(jnp.abs(moment), axis=-1) if matrix else moment
 
 
 def _take_in(state: LayerState, measured: LayerStatistics, intake: _Intake) -> LayerState:
@@ -122,8 +126,10 @@ def start(
     moments: Mapping[str, jax.Array],
     options: Options,
     root: jax.Array,
-) -> dict[str, Any]:
+) -> tuple[dict[str, Any], dict[str, jax.Array]]:
     """The input factors, made from A where this is a layer's first step.
+
+    A layer whose A or damping is of no use does not start, and the next step tries again.
 
     Layers of similar sizes share one compiled inverse (`_share`), which takes them in turn: on a
     CPU, batched calls of LAPACK side by side in one program can wait for each other forever.
@@ -135,20 +141,27 @@ def start(
         moments: A of the first batch, where A is not stored; empty where nothing is measured.
         options: split is read.
         root: sqrt(lambda).
+
+    Returns:
+        By layer path, the factors; and the stages of the layers that do not store A.
     """
     inputs = {layer.path: states[layer.path].input for layer in layers}
+    stages: dict[str, jax.Array] = {}
     dense: dict[Any, dict[str, tuple[jax.Array, ...]]] = {}
     for layer in layers:
         path, held = layer.path, inputs[layer.path]
-        first = starts(states[path], begun[path])
         damping, _ = dampings(options, root, begun[path].positions)
+        first = starts(states[path], begun[path]) & is_damping(damping)
         A = begun[path].input_moment
         if isinstance(held, Diagonal):
             new = 1 / (jnp.asarray(A) + damping[..., None])
             inputs[path] = Diagonal(jnp.where(first[..., None], new, held.inverse))
         elif isinstance(held, jax.Array):
             if A is None:  # not stored: a warm start left it in the factor's place
-                A = layer.over_blocks(_unstored)(states[path].stage, held, moments.get(path, held))
+                was = states[path].stage
+                A, usable = layer.over_blocks(_unstored)(was, held, moments.get(path, held))
+                stages[path] = jnp.where(first & ~usable, was, begun[path].stage)
+                first &= usable
             d = held.shape[-1]
             row = first.reshape(-1), damping.reshape(-1), A.reshape(-1, d, d)
             dense.setdefault(held.dtype, {})[path] = row
@@ -156,9 +169,10 @@ def start(
         for group in _share({path: (len(A), A.shape[-1]) for path, (_, _, A) in rows.items()}):
             made = _inverses({path: rows[path] for path in group})
             for path, H in made.items():
-                first = starts(states[path], begun[path])[..., None, None]
-                inputs[path] = jnp.where(first, H.reshape(inputs[path].shape), inputs[path])
-    return inputs
+                wanted, _, _ = rows[path]
+                held = inputs[path].reshape(H.shape)
+                inputs[path] = jnp.where(wanted[:, None, None], H, held).reshape(inputs[path].shape)
+    return inputs, stages
 
 
 def _share(shapes: Mapping[str, tuple[int, int]]) -> list[list[str]]:
@@ -208,7 +222,8 @@ def _inverses(rows: Mapping[str, tuple[jax.Array, ...]]) -> dict[str, jax.Array]
     return inverses
 
 
-def _unstored(stage: jax.Array, held: jax.Array, batch: jax.Array) -> jax.Array:
-    """A of one matrix that stores none: what a warm start left, or the batch's."""
+def _unstored(stage: jax.Array, held: jax.Array, batch: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """A of one matrix that stores none, what a warm start left or the batch's; if it is usable."""
     A = jnp.where(stage == WARM, held, batch)
-    return jnp.where(jnp.isfinite(jnp.sum(A)), A, 0)
+    usable = is_usable(jnp.sum(jnp.abs(A), axis=-1))
+    return jnp.where(usable, A, 0), usable

@@ -37,7 +37,9 @@ def apply_to_rows(H: Factor, vectors: jax.Array) -> jax.Array:
     """H times the rows of a matrix, [k, d]; H is symmetric."""
     if isinstance(H, Diagonal):
         return vectors * H.inverse[None, :]
-    return (lbfgs if isinstance(H, Memory) else bfgs).apply_to_rows(H, vectors)
+    if isinstance(H, Memory):
+        return lbfgs.apply_to_rows(H, vectors)
+    return bfgs.apply_to_rows(H, vectors)
 
 
 def size(H: Factor) -> int:

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from kfqn_optax import bfgs, lbfgs, pairs
 from kfqn_optax.inverse import Diagonal, Factor
@@ -18,6 +19,16 @@ from kfqn_optax.options import LARGE_MEMORY, MAX_FACTOR_DIM, Options, known_size
 EMPTY = 0  # A holds nothing yet; the first batch will fill it
 WARM = 1  # A comes from warm_start; the first batch will not enter it
 RUNNING = 2  # A is a running average (or never stored)
+
+
+# What the columns of `LayerState.counts` count: what became of the pairs of each side, by status
+# (see `pairs`), and the two dampings of output pairs.
+COLUMNS = (
+    *(("input_status", status) for status in pairs.STATUS_WORDS),
+    *(("output_status", status) for status in pairs.STATUS_WORDS),
+    ("powell_damped", True),
+    ("second_damped", True),
+)
 
 
 class LayerState(NamedTuple):
@@ -39,6 +50,8 @@ class LayerState(NamedTuple):
         output_status: the same for the output factor.
         powell_damped: whether Powell's damping acted on the last output pair, bool.
         second_damped: whether the second damping did.
+        counts: how often, since the start, each of these happened (`COLUMNS`), int32; `health`
+            reads it. Steps without a ``curvature_fn`` do not count.
     """
 
     # read by the direction; change every step
@@ -55,6 +68,8 @@ class LayerState(NamedTuple):
     output_status: jax.Array
     powell_damped: jax.Array
     second_damped: jax.Array
+    # how often
+    counts: jax.Array
 
 
 def init(layer: Layer, dtype: Any, options: Options) -> LayerState:
@@ -88,6 +103,7 @@ def init(layer: Layer, dtype: Any, options: Options) -> LayerState:
         output_status=jnp.full((), pairs.NOT_MEASURED, jnp.int32),
         powell_damped=jnp.zeros((), bool),
         second_damped=jnp.zeros((), bool),
+        counts=jnp.zeros(len(COLUMNS), jnp.int32),
     )
     if layer.blocks is None:
         return state
@@ -113,3 +129,28 @@ def warm(state: LayerState, moment: jax.Array | None, positions: jax.Array) -> L
         positions=positions.astype(state.positions.dtype),
         stage=jnp.full_like(state.stage, WARM),
     )
+
+
+def count(
+    counts: jax.Array,
+    input_status: jax.Array,
+    output_status: jax.Array,
+    powell_damped: jax.Array,
+    second_damped: jax.Array,
+) -> jax.Array:
+    """The counts after one more step, [*blocks, columns]; the other arguments are [*blocks].
+
+    One comparison for all columns, since a program takes time to compile for each that it makes.
+    """
+    happened = {
+        "input_status": input_status,
+        "output_status": output_status,
+        "powell_damped": powell_damped.astype(jnp.int32),
+        "second_damped": second_damped.astype(jnp.int32),
+    }
+    seen = jnp.zeros_like(counts)
+    for name, value in happened.items():
+        of_field = np.array([field == name for field, _ in COLUMNS])
+        seen = jnp.where(np.broadcast_to(of_field, counts.shape), value[..., None], seen)
+    values = np.array([value for _, value in COLUMNS], np.int32)
+    return counts + (seen == np.broadcast_to(values, counts.shape))

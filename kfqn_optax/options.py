@@ -3,8 +3,8 @@
 Every number may be a Python float, an array, or a tracer (``optax.inject_hyperparams`` makes
 tracers of them); ``learning_rate`` and ``damping`` may also be Optax schedules. What is known when
 the transformation is built is checked then. Values seen only inside a traced program cannot raise;
-an unusable one (a schedule that returns a negative damping, say) makes the pair of that step
-non-finite and leaves the factors as they were.
+an unusable one (a schedule that returns a negative damping, say) leaves the factors as they were
+in that step, whose pairs count as not finite.
 """
 
 import dataclasses
@@ -190,3 +190,8 @@ def dampings(
         root = jnp.broadcast_to(root, positions.shape)
         return root, root
     return root * jnp.sqrt(positions), root / jnp.sqrt(positions)
+
+
+def is_damping(value: jax.Array) -> jax.Array:
+    """Whether a damping, which may come from a schedule, is a number above 0."""
+    return (value > 0) & jnp.isfinite(value)

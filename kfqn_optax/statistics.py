@@ -131,6 +131,15 @@ def reduce(
     return layer.over_blocks(of_one)(dict(sums), vector)
 
 
+def is_usable(vector: jax.Array) -> jax.Array:
+    """Whether all numbers of a vector [d] are finite and may be squared and summed.
+
+    In float32 that is up to 1e19 or so. What the factors form next of a larger one overflows, in
+    this step and, where it has entered an average, in hundreds of steps to come.
+    """
+    return jnp.isfinite(jnp.sum(vector * vector))
+
+
 def running_average(old: jax.Array, new: jax.Array, decay: Any) -> jax.Array:
     """``decay old + (1 - decay) new`` in the dtype of ``old``; not bias-corrected."""
     return (decay * old + (1 - decay) * new).astype(old.dtype)

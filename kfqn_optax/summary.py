@@ -35,13 +35,7 @@ def summary(opt_state: Any, params: Any = None, layers: Iterable[Layer] | None =
     Raises:
         ValueError: if there is no K-BFGS state in ``opt_state``.
     """
-    states = _all(opt_state, ScaleByKBFGSState)
-    if not states:
-        raise ValueError(
-            "opt_state holds no K-BFGS state: pass what tx.init(params) returned, for a tx made "
-            "with kbfgs or scale_by_kbfgs."
-        )
-    held = {path: layer for state in states for path, layer in state.layers.items()}
+    held = held_layers(opt_state)
     partitions = _all(opt_state, optax.transforms.PartitionState)
     fallback = any(FALLBACK in partition.inner_states for partition in partitions)
     parameters = _named(params, opt_state)
@@ -67,7 +61,22 @@ def summary(opt_state: Any, params: Any = None, layers: Iterable[Layer] | None =
         rows.append((name, shape, dtype, by, factors, f"{kept:,}", why))
     total = sum(_nbytes(leaf) for leaf in jax.tree.leaves(opt_state))
     rows.append(("total", "", "", "", "", f"{total:,}", "counters included"))
-    return _table([_HEADER, *rows])
+    return table([_HEADER, *rows])
+
+
+def held_layers(opt_state: Any) -> dict[str, LayerState]:
+    """What is kept of each layer, by path, wherever in an optimizer's state it is.
+
+    Raises:
+        ValueError: if there is no K-BFGS state in ``opt_state``.
+    """
+    states = _all(opt_state, ScaleByKBFGSState)
+    if not states:
+        raise ValueError(
+            "opt_state holds no K-BFGS state: pass what tx.init(params) returned, for a tx made "
+            "with kbfgs or scale_by_kbfgs."
+        )
+    return {path: layer for state in states for path, layer in state.layers.items()}
 
 
 def _all(tree: Any, kind: type) -> list[Any]:
@@ -123,7 +132,8 @@ def _nbytes(leaf: Any) -> int:
     return math.prod(leaf.shape) * leaf.dtype.itemsize
 
 
-def _table(rows: list[tuple[str, ...]]) -> str:
+def table(rows: list[tuple[str, ...]]) -> str:
+    """Rows of cells, the first of them the header, as lines with aligned columns."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = [
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()

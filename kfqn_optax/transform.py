@@ -135,10 +135,9 @@ def _step(
         measured = _ask(curvature_fn, params, moments=stored)
         checks.check_statistics(present, measured, inferred, weights, state.layers)
     held = {layer.path: state.layers[layer.path] for layer in present}
-    begun = intake.begin(present, held, measured and measured.layers, options.factor_decay)
+    begun = intake.begin(present, held, measured and measured.layers, options.factor_decay, root)
     if may_start:
-        inputs = _input_factors(present, held, begun, curvature_fn, params, options, root)
-        begun = {path: of_layer._replace(input=inputs[path]) for path, of_layer in begun.items()}
+        begun = _started(present, held, begun, curvature_fn, params, options, root)
 
     # The direction, with both factors as the previous step left them.
     directions = precondition(present, begun, gradients, lr, options.norm_constraint)
@@ -175,7 +174,7 @@ def _step(
     return updates, learned
 
 
-def _input_factors(
+def _started(
     present: tuple[Layer, ...],
     held: dict[str, LayerState],
     begun: dict[str, LayerState],
@@ -183,8 +182,8 @@ def _input_factors(
     params: Any,
     options: Options,
     root: jax.Array,
-) -> dict[str, Any]:
-    """The input factors by layer path: as they were, or made from A where a layer starts.
+) -> dict[str, LayerState]:
+    """The layers after `intake.begin`, with input factors made from A where they start.
 
     What this needs (inverses, and the second moments of layers that do not store A) is computed in
     the first step only.
@@ -195,7 +194,7 @@ def _input_factors(
         if state.input_moment is None and isinstance(state.input, jax.Array)
     ]
 
-    def make() -> dict[str, Any]:
+    def make() -> tuple[dict[str, Any], dict[str, jax.Array]]:
         moments: dict[str, Any] = {}
         if unstored and curvature_fn is not None:
             measured = curvature_fn(params, moments=unstored)
@@ -203,9 +202,18 @@ def _input_factors(
         return intake.start(present, held, begun, moments, options, root)
 
     starting = [jnp.any(intake.starts(held[path], begun[path])) for path in begun]
-    return jax.lax.cond(
-        jnp.any(jnp.stack(starting)), make, lambda: {path: held[path].input for path in begun}
+    inputs, stages = jax.lax.cond(
+        jnp.any(jnp.stack(starting)),
+        make,
+        lambda: (
+            {path: held[path].input for path in begun},
+            {path: begun[path].stage for path in unstored},
+        ),
     )
+    return {
+        path: of_layer._replace(input=inputs[path], stage=stages.get(path, of_layer.stage))
+        for path, of_layer in begun.items()
+    }
 
 
 def _ask(curvature_fn: Callable[..., Statistics], params: Any, moments: list[str]) -> Statistics:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
+import jax.core
 import jax.numpy as jnp
 
 from kfqn_optax import layer_state, nnx
@@ -38,8 +39,8 @@ def warm_start(opt_state: Any, loss_fn: LossFn, params: Any, batches: Iterable[t
         A new state of the same structure.
 
     Raises:
-        ValueError: if there are no batches, no K-BFGS state in ``opt_state``, or a layer of that
-            state which the loss does not reach.
+        ValueError: if there are no batches, no K-BFGS state in ``opt_state``, a layer of that state
+            which the loss does not reach, or one whose inputs are not finite or too large.
         TypeError: if a batch is not a tuple.
     """
     states = [s for s in jax.tree.leaves(opt_state, is_leaf=_is_state) if _is_state(s)]
@@ -107,10 +108,28 @@ def _averages(
         totals = sums if totals is None else jax.tree.map(jnp.add, totals, sums)
     if totals is None:
         raise ValueError("batches is empty: warm_start needs at least one batch.")
-    return {
+    averages = {
         path: jax.tree.map(lambda total, weight=weight: _divide(total, weight), total)
         for path, (total, weight) in totals.items()
     }
+    _check_finite({path: moment for path, (moment, _) in averages.items() if moment is not None})
+    return averages
+
+
+def _check_finite(moments: dict[str, jax.Array]) -> None:
+    """Refuses an A that no factor can be made of, unless it is traced."""
+    usable = {
+        path: jnp.isfinite(jnp.sum(jnp.square(jnp.sum(jnp.abs(moment), axis=-1))))
+        for path, moment in moments.items()
+        if not isinstance(moment, jax.core.Tracer)
+    }
+    wrong = [path for path, fine in jax.device_get(usable).items() if not fine]
+    if wrong:
+        raise ValueError(
+            f"the second moment of the inputs of layer {some(wrong)}, averaged over the batches, "
+            "is not finite or too large: look for numbers in the batches that are infinite, not "
+            "numbers, or huge, or for such parameters."
+        )
 
 
 def _sums(call: Callable, rebuild: Callable, wanted: list[str]) -> Callable:

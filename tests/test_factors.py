@@ -44,9 +44,9 @@ def learn(state, measured, probed, weights, step, options):
 def begin(state, measured):
     """A step's beginning: A takes in the batch, and the input factor starts."""
     seen = measured and {"d": measured}
-    begun = intake.begin([LAYER], {"d": state}, seen, OPTIONS.factor_decay)["d"]
     root = jnp.asarray(DAMPING)
-    input_ = intake.start([LAYER], {"d": state}, {"d": begun}, {}, OPTIONS, root)["d"]
+    begun = intake.begin([LAYER], {"d": state}, seen, OPTIONS.factor_decay, root)["d"]
+    input_ = intake.start([LAYER], {"d": state}, {"d": begun}, {}, OPTIONS, root)[0]["d"]
     return begun._replace(input=input_)
 
 

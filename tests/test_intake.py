@@ -23,7 +23,7 @@ def test_each_layer_gets_the_inverse_of_its_own_matrix():
         states[path] = layer_state.warm(state, jnp.asarray(x @ x.T / d), jnp.ones(()))
     running = {path: state._replace(stage=jnp.asarray(RUNNING)) for path, state in states.items()}
     before = states | {"e": running["e"]}  # layer e is past its start and keeps what it has
-    made = intake.start(layers, before, running, {}, options, jnp.sqrt(0.3))
+    made, _ = intake.start(layers, before, running, {}, options, jnp.sqrt(0.3))
     for path in "abcd":
         moment = np.asarray(states[path].input_moment)
         expected = np.linalg.inv(moment + np.sqrt(0.3) * np.eye(len(moment)))

@@ -8,8 +8,9 @@ from typing import Any
 import jax
 
 _ADVICE = (
-    "training stopped, the epochs before are kept. "
-    "Try a smaller learning_rate or, with kbfgs, a larger damping."
+    "Training stopped; the epochs before are kept, and the same command stops here again. In "
+    "another workdir, try a smaller learning_rate or, with kbfgs and its kin, a norm_constraint "
+    "(3, say) or a larger damping."
 )
 
 
@@ -23,6 +24,7 @@ class LaggedLosses:
     Args:
         first_step: the number of the first step.
         values: the losses of the first steps, if they are known already.
+        before: what the loss was before them, in words, for the message.
 
     Attributes:
         values: the losses fetched so far.
@@ -31,7 +33,8 @@ class LaggedLosses:
 
     LAG = 4
 
-    def __init__(self, first_step: int, values: Sequence[float] = ()):
+    def __init__(self, first_step: int, values: Sequence[float] = (), before: str = "unknown"):
+        self._before = before
         self.values = list(values)
         self.last_step = first_step - 1 + len(self.values)
         self._pending: deque[jax.Array] = deque()
@@ -57,14 +60,35 @@ class LaggedLosses:
         step = self.last_step - len(self._pending) + 1
         loss = float(self._pending.popleft())
         if not math.isfinite(loss):
-            raise NonFiniteLoss(f"the training loss at step {step} is {loss}; {_ADVICE}")
+            last = f"{self.latest:.6g} at step {step - 1}, " if self.values else ""
+            raise NonFiniteLoss(
+                f"the training loss at step {step} is {loss}; it was {last}{self._before}. "
+                f"{_ADVICE}"
+            )
         self.values.append(loss)
 
 
-def refuse_non_finite(metrics: Mapping[str, Any]) -> None:
-    """Catches what the last step of an epoch did, which no later batch has seen."""
+def before(history: Sequence[Mapping[str, Any]], name: str = "train_loss") -> str:
+    """What a loss was after the last epoch of a run, in words."""
+    last = history[-1]
+    when = f"after epoch {last['epoch']}" if last["epoch"] else "before epoch 1"
+    return f"{last[name]:.6g} {when}"
+
+
+def refuse_non_finite(metrics: Mapping[str, Any], history: Sequence[Mapping[str, Any]]) -> None:
+    """Catches what the last step of an epoch did, which no later batch has seen.
+
+    Args:
+        metrics: of the epoch.
+        history: of those before.
+    """
     for name in ("train_loss", "test_loss"):
-        if not math.isfinite(metrics[name]):
+        if math.isfinite(metrics[name]):
+            continue
+        found = f"the {name} after step {metrics['step']} is {metrics[name]}; "
+        if not history:
             raise NonFiniteLoss(
-                f"the {name} after step {metrics['step']} is {metrics[name]}; {_ADVICE}"
+                f"{found}no step has been taken, so look for numbers in the examples that are not "
+                "finite, or too large."
             )
+        raise NonFiniteLoss(f"{found}it was {before(history, name)}. {_ADVICE}")

@@ -26,7 +26,7 @@ from kfqn_optax.experiment import datasets
 from kfqn_optax.experiment.checkpoints import Checkpoints, Position
 from kfqn_optax.experiment.config import ConfigError, check
 from kfqn_optax.experiment.fingerprint import fingerprint
-from kfqn_optax.experiment.losses import LaggedLosses, refuse_non_finite
+from kfqn_optax.experiment.losses import LaggedLosses, before, refuse_non_finite
 from kfqn_optax.experiment.optimizers import Config, Optimizer, make_optimizer
 from kfqn_optax.experiment.plots import label
 from kfqn_optax.experiment.problems import Batch, Params, Problem, make_problem
@@ -41,7 +41,7 @@ from kfqn_optax.experiment.steps import (
     warm_start,
 )
 from kfqn_optax.experiment.stop import Stopped, StopRequest
-from kfqn_optax.experiment.workdir import Recorder, continues, refuse_lost
+from kfqn_optax.experiment.workdir import PAIRS, Recorder, continues, refuse_lost
 
 
 def train(config: Config, workdir: str | os.PathLike, dataset: Any = None) -> list[dict]:
@@ -51,7 +51,9 @@ def train(config: Config, workdir: str | os.PathLike, dataset: Any = None) -> li
     over its pixels, of a text averaged over its places, plus weight_decay/2 |w|^2: the number that
     the authors of K-BFGS print. The optimizer itself is given the data loss and the weight decay
     apart. Mean squared errors are averages over images and pixels. `seconds` counts the warm start
-    and the steps; in a run that was continued it goes on from the checkpoint.
+    and the steps; in a run that was continued it goes on from the checkpoint. With kbfgs and its
+    kin the `kfqn.health` of all layers is in them too, counted from the first step
+    (`workdir.PAIRS`).
 
     Args:
         config: see `config.KEYS`.
@@ -113,7 +115,17 @@ def train(config: Config, workdir: str | os.PathLike, dataset: Any = None) -> li
             refuse_lost(workdir)
         history = found[1].history if found else []
         recorder = stack.enter_context(Recorder(workdir, config, history if continuing else None))
-        run = _Run(config, examples, steps, measure, recorder, display, checkpoints, stop)
+        run = _Run(
+            config,
+            examples,
+            steps,
+            optimizer.takes_curvature,
+            measure,
+            recorder,
+            display,
+            checkpoints,
+            stop,
+        )
 
         display.say(_opening(config, problem, dataset, facts))
         if optimizer.takes_curvature:
@@ -146,6 +158,7 @@ class _Run:
     config: Config
     examples: Batch
     steps: int
+    takes_curvature: bool
     measure: Callable[..., dict[str, float]]
     recorder: Recorder
     display: Display
@@ -180,7 +193,9 @@ class _Run:
             order = epoch_batches(
                 config.seed, position.epoch + 1, count(self.examples), config.batch_size
             )
-            losses = LaggedLosses(position.epoch * self.steps + 1, position.losses)
+            losses = LaggedLosses(
+                position.epoch * self.steps + 1, position.losses, before(position.history)
+            )
             start = time.perf_counter()
             for batch in itertools.islice(order, position.batch, None):
                 state, loss = step(state, self.examples, batch)
@@ -211,7 +226,10 @@ class _Run:
         """Measures at the end of an epoch, writes that down, and returns where the run is then."""
         metrics = {"epoch": epoch, "step": epoch * self.steps, "seconds": position.seconds}
         metrics |= self.measure(state.params, state.model_state)
-        refuse_non_finite(metrics)
+        refuse_non_finite(metrics, position.history)
+        if self.takes_curvature:
+            totals = kfqn.health(state.opt_state).totals()
+            metrics |= {name: totals[name.removeprefix("pairs_")] for name in PAIRS}
         self.recorder.epoch(metrics, position.losses)
         self.display.epoch(metrics)
         return Position(epoch, 0, position.seconds, [], [*position.history, metrics])

@@ -29,6 +29,8 @@ from kfqn_optax.experiment.events import Events
 _COMMON = ("epoch", "step", "seconds", "train_loss", "test_loss")
 METRICS = (*_COMMON, "train_mse", "test_mse")
 CLASSIFIER_METRICS = (*_COMMON, "train_accuracy", "test_accuracy")
+# What kbfgs and its kin add: curvature pairs by what became of them, see `kfqn.health`.
+PAIRS = ("pairs_updated", "pairs_skipped", "pairs_not_finite", "pairs_reset", "pairs_powell_damped")
 CHECKPOINTS = "checkpoints"
 # What figures and tables show of a config.
 _SHOWN = {
@@ -63,7 +65,8 @@ class Run(NamedTuple):
 
 def metric_names(record: Mapping[str, Any]) -> tuple[str, ...]:
     """The keys that an epoch's record has, or ought to have, in order."""
-    return CLASSIFIER_METRICS if "train_accuracy" in record else METRICS
+    names = CLASSIFIER_METRICS if "train_accuracy" in record else METRICS
+    return (*names, *PAIRS) if PAIRS[0] in record else names
 
 
 def refuse_taken(folder: str | os.PathLike) -> None:

@@ -1,6 +1,7 @@
 """Training on a tiny problem: results, files, clock, refusals."""
 
 import json
+import re
 import time
 
 import event_files
@@ -18,7 +19,7 @@ from kfqn_optax.experiment.losses import NonFiniteLoss
 from kfqn_optax.experiment.optimizers import make_optimizer
 from kfqn_optax.experiment.problems import PROBLEMS, make_problem, squared_norm
 from kfqn_optax.experiment.train import train
-from kfqn_optax.experiment.workdir import METRICS
+from kfqn_optax.experiment.workdir import METRICS, PAIRS, read_run
 
 SAVE = plots.save
 
@@ -54,15 +55,19 @@ def test_files_of_a_run(tmp_path, monkeypatch):
 
     lines = _lines(tmp_path)
     assert lines == history
-    assert [tuple(line) for line in lines] == [METRICS] * 3
+    assert [tuple(line) for line in lines] == [(*METRICS, *PAIRS)] * 3
     assert [(line["epoch"], line["step"]) for line in lines] == [(0, 0), (1, 4), (2, 8)]
     assert lines[0]["seconds"] == 0 < lines[1]["seconds"] < lines[2]["seconds"]
 
     events = event_files.shown(tmp_path)
-    assert set(events) == {*METRICS[2:], "batch_loss"}
+    assert set(events) == {*METRICS[2:], *PAIRS, "batch_loss"}
     for line in lines:
         np.testing.assert_allclose(events["test_loss"][line["step"]], line["test_loss"], rtol=1e-6)
     assert sorted(events["batch_loss"]) == [1, 2, 3, 4, 5, 6, 7, 8]
+    # Two layers with two sides, four steps an epoch, counted from the first step.
+    assert [line["pairs_updated"] for line in lines] == [0, 16, 32]
+    assert {line["pairs_not_finite"] for line in lines} == {0}
+    assert events["pairs_updated"] == {0: 0, 4: 16, 8: 32}
 
     assert (tmp_path / "losses.png").read_bytes().startswith(b"\x89PNG")
     assert "Dense_1" in (tmp_path / "summary.txt").read_text()
@@ -234,8 +239,13 @@ def test_non_finite_loss_names_the_step(tmp_path, monkeypatch):
     config = tiny.config(optimizer="sgdm", learning_rate=0.7, epochs=20)
     step = _first_non_finite_step(config, data)
     assert step > 4, "the run must pass one epoch"
-    with pytest.raises(NonFiniteLoss, match=rf"training loss at step {step} is (nan|inf); "):
+    with pytest.raises(NonFiniteLoss) as error:
         train(config, tmp_path, data)
+    last = rf"[\d.e+]+ at step {step - 1}, " if step % 4 != 1 else ""
+    expected = rf"the training loss at step {step} is (nan|inf); it was {last}[\d.e+]+ after epoch "
+    assert re.match(expected + rf"{(step - 1) // 4}\. Training stopped; ", str(error.value))
+    for word in ("learning_rate", "norm_constraint", "damping"):
+        assert word in str(error.value)
     # The epochs before are kept, each with finite losses.
     lines = _lines(tmp_path)
     assert [line["epoch"] for line in lines] == list(range((step - 1) // 4 + 1))
@@ -246,9 +256,37 @@ def test_non_finite_loss_names_the_step(tmp_path, monkeypatch):
 def test_non_finite_after_the_last_step(tmp_path):
     """No batch has seen what the last step did; the evaluation does."""
     config = tiny.config(optimizer="sgdm", learning_rate=1e30, epochs=1, batch_size=70)
-    with pytest.raises(NonFiniteLoss, match=r"train_loss after step 1 is (nan|inf); "):
+    expected = (
+        r"train_loss after step 1 is (nan|inf); it was \d.\d+ before epoch 1\. Training stopped"
+    )
+    with pytest.raises(NonFiniteLoss, match=expected):
         train(config, tmp_path, tiny.dataset())
     assert [line["epoch"] for line in _lines(tmp_path)] == [0]
+
+
+def test_divergence_with_a_huge_learning_rate(tmp_path):
+    """The run can be read, and the same command says the same."""
+    config = tiny.config(optimizer="kbfgs", learning_rate=1e8, weight_decay=0.1)
+    messages = []
+    for _ in range(2):
+        with pytest.raises(NonFiniteLoss, match="the same command stops here again") as error:
+            train(config, tmp_path, tiny.dataset())
+        messages.append(str(error.value))
+        run = read_run(tmp_path)
+        assert not run.cut_off
+        assert [record["epoch"] for record in run.metrics] == list(range(len(run.metrics)))
+        assert all(np.isfinite(record["train_loss"]) for record in run.metrics)
+    assert messages[0] == messages[1]
+
+
+def test_examples_that_are_not_numbers(tmp_path):
+    data = tiny.dataset()
+    data.test[0, 0] = np.nan
+    message = (
+        "the test_loss after step 0 is nan; no step has been taken, so look for numbers in the"
+    )
+    with pytest.raises(NonFiniteLoss, match=message):
+        train(tiny.config(), tmp_path, data)
 
 
 def test_images_that_do_not_fit(tmp_path):
