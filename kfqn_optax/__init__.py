@@ -1,6 +1,7 @@
 """Kronecker-factored quasi-Newton methods as Optax gradient transformations for Flax."""
 
 from kfqn_optax.capture import curvature_fn, find_layers
+from kfqn_optax.combine import microbatches, over_axis, over_microbatches
 from kfqn_optax.layer_state import LayerState
 from kfqn_optax.layers import Layer
 from kfqn_optax.methods import scale_by_kbfgs, scale_by_kbfgs_l, scale_by_kfqn
@@ -25,7 +26,10 @@ __all__ = [
     "kbfgs",
     "kbfgs_l",
     "kfqn",
+    "microbatches",
     "nnx_curvature_fn",
+    "over_axis",
+    "over_microbatches",
     "scale_by_kbfgs",
     "scale_by_kbfgs_l",
     "scale_by_kfqn",
