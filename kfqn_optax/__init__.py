@@ -7,6 +7,7 @@ from kfqn_optax.layers import Layer
 from kfqn_optax.methods import scale_by_kbfgs, scale_by_kbfgs_l, scale_by_kfqn
 from kfqn_optax.nnx import find_nnx_layers, nnx_curvature_fn
 from kfqn_optax.optimizer import kbfgs, kbfgs_l, kfqn
+from kfqn_optax.sharding import shard_state, sharded, whole_state
 from kfqn_optax.statistics import LayerStatistics, Statistics
 from kfqn_optax.summary import summary
 from kfqn_optax.train_state import TrainState
@@ -33,6 +34,9 @@ __all__ = [
     "scale_by_kbfgs",
     "scale_by_kbfgs_l",
     "scale_by_kfqn",
+    "shard_state",
+    "sharded",
     "summary",
     "warm_start",
+    "whole_state",
 ]
