@@ -3,6 +3,9 @@
     python -m devices '{"ways": [...], "widths": [...], ...}' [ADDRESS PROCESSES NUMBER]
 """
 
+import contextlib
+import doctest
+import io
 import json
 import sys
 
@@ -30,6 +33,14 @@ def errors(found, expected):
     }
 
 
+def page(path):
+    """The Python of a page, run here, where there are devices."""
+    output = io.StringIO()
+    with contextlib.redirect_stdout(output):
+        result = doctest.testfile(path, module_relative=False)
+    return {"attempted": result.attempted, "failed": result.failed, "output": output.getvalue()}
+
+
 def main(asked, address=None, processes="1", number="0"):
     asked = json.loads(asked)
     jax.config.update("jax_enable_x64", True)
@@ -37,24 +48,21 @@ def main(asked, address=None, processes="1", number="0"):
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
         jax.distributed.initialize(address, int(processes), int(number))
     report = {"devices": jax.device_count(), "processes": jax.process_count()}
-    for dtype in asked.pop("dtypes"):
-        training = Training(jax.devices(), dtype=dtype, **{k: v for k, v in asked.items() if k != "ways"})
-        expected = training.one_device()
-        moved = training.start[0], expected["result"][0]
-        report[dtype] = {
-            "one_device": {
-                "moved": max(jax.tree.leaves(jax.tree.map(
-                    lambda a, b: float(np.abs(a - b).max() / np.abs(b).max()), *moved))),
-                "state_bytes": expected["state_bytes"],
-            }
-        }
-        order = np.random.default_rng(1).permutation(asked["batch"])
-        for way in asked["ways"]:
+    ways, dtypes, path = asked.pop("ways"), asked.pop("dtypes"), asked.pop("page", None)
+    order = np.random.default_rng(1).permutation(asked["batch"])
+    for dtype in dtypes:
+        training = Training(jax.devices(), dtype=dtype, **asked)
+        alone = training.one_device()
+        expected = alone.pop("result")
+        moved = errors(training.start, expected)["params"]
+        report[dtype] = {"one_device": alone | {"moved": moved}}
+        for way in ways:
             outcome = (
                 training.one_device(order) if way == "other_order" else getattr(training, way)()
             )
-            result = outcome.pop("result")
-            report[dtype][way] = outcome | errors(result, expected["result"])
+            report[dtype][way] = outcome | errors(outcome.pop("result"), expected)
+    if path:
+        report["page"] = page(path)
     print(json.dumps(report), flush=True)
 
 

@@ -8,13 +8,17 @@ import sys
 from pathlib import Path
 
 
-def run(asked, devices=8, processes=1, seconds=300):
-    """The report of one process, or the reports of several that share a mesh."""
+def run(asked, devices=8, processes=1, seconds=300, quick=True):
+    """The report of one process, or the reports of several that share a mesh.
+
+    ``quick``: compiled quickly, to slow programs.
+    """
     tests = Path(__file__).parents[1]
     more = {
         "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
         "PYTHONPATH": os.pathsep.join([str(tests), str(tests.parent)]),
         "JAX_PLATFORMS": "cpu",
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": str(int(quick)),
     }
     command = [sys.executable, "-P", "-m", "devices", json.dumps(asked)]
     started = []
