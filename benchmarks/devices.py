@@ -30,10 +30,8 @@ def row(name, double, single):
         for kind, (number, size) in single.get("collectives", {}).items()
     )
     state = f"{single['state_bytes'] / 1e6:.2f} MB" if "state_bytes" in single else ""
-    print(
-        f"| {name} | {double['params']:.0e} | {single['params']:.0e} | {sent or 'none'} | {state} |",
-        flush=True,
-    )
+    errors = f"{double['params']:.0e} | {single['params']:.0e}"
+    print(f"| {name} | {errors} | {sent or 'none'} | {state} |", flush=True)
 
 
 def main():

@@ -86,13 +86,13 @@ def _times(array: Any, numbers: jax.Array) -> Any:
 # --- devices --------------------------------------------------------------------------------------
 
 
-def over_axis(curvature_fn: CurvatureFn, axis_name: AxisName) -> CurvatureFn:
+def over_axis(curvature_fn: Callable[..., Statistics], axis_name: AxisName) -> CurvatureFn:
     """The curvature of the whole batch, where each device measures its own part of it.
 
-    For ``jax.shard_map``, ``jax.pmap`` and ``jax.vmap(..., axis_name=...)``. (Under ``jax.jit`` with
-    a sharded batch nothing is needed: there a loss sees the whole batch.) All devices get the same
-    statistics and so keep the same factors. The gradient is averaged by the user, as for any other
-    optimizer.
+    For ``jax.shard_map``, ``jax.pmap`` and ``jax.vmap(..., axis_name=...)``. (Under ``jax.jit``
+    with a sharded batch nothing is needed: there a loss sees the whole batch.) All devices get the
+    same statistics and so keep the same factors. The gradient is averaged by the user, as for any
+    other optimizer.
 
     Args:
         curvature_fn: made from the loss of the local part of the batch: its mean over the examples
@@ -179,7 +179,9 @@ def microbatches(batch: Any, count: int) -> Any:
     )
 
 
-def over_microbatches(make: Callable[..., CurvatureFn], batches: tuple[Any, ...]) -> CurvatureFn:
+def over_microbatches(
+    make: Callable[..., Callable[..., Statistics]], batches: tuple[Any, ...]
+) -> CurvatureFn:
     """The curvature of a large batch, measured one microbatch at a time.
 
     It is that of the large batch up to rounding, at the parameters and at the probe; at any time

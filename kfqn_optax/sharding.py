@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from jax.core import Tracer
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 SMALLEST = 1024  # entries; a smaller array is on all devices
@@ -66,7 +67,7 @@ def shard_state(state: Any, mesh: Mesh, axis_name: str) -> Any:
 
     def put(array: jax.Array, *spec: str | None) -> jax.Array:
         sharding = NamedSharding(mesh, PartitionSpec(*spec))
-        if isinstance(array, jax.core.Tracer):
+        if isinstance(array, Tracer):
             return jax.lax.with_sharding_constraint(array, sharding)
         return jax.device_put(array, sharding)
 
@@ -77,8 +78,7 @@ def shard_state(state: Any, mesh: Mesh, axis_name: str) -> Any:
         length = array.shape[axis]
         padding = [(0, 0)] * array.ndim
         padding[axis] = (0, -length % parts)
-        spec = [None] * array.ndim
-        spec[axis] = axis_name
+        spec = [axis_name if at == array.ndim + axis else None for at in range(array.ndim)]
         return Shards(put(jnp.pad(array, padding), *spec), axis, length)
 
     return jax.tree.map(cut, whole_state(state))
@@ -87,9 +87,11 @@ def shard_state(state: Any, mesh: Mesh, axis_name: str) -> Any:
 def whole_state(state: Any) -> Any:
     """The state of the transformation itself, from what `shard_state` made of it."""
     return jax.tree.map(
-        lambda node: jax.lax.slice_in_dim(node.array, 0, node.length, axis=node.axis)
-        if isinstance(node, Shards)
-        else node,
+        lambda node: (
+            jax.lax.slice_in_dim(node.array, 0, node.length, axis=node.axis)
+            if isinstance(node, Shards)
+            else node
+        ),
         state,
         is_leaf=lambda node: isinstance(node, Shards),
     )
@@ -128,9 +130,7 @@ def sharded(
     def init(params: Any) -> Any:
         return shard_state(inner.init(params), mesh, axis_name)
 
-    def update(
-        updates: Any, state: Any, params: Any = None, **extra_args: Any
-    ) -> tuple[Any, Any]:
+    def update(updates: Any, state: Any, params: Any = None, **extra_args: Any) -> tuple[Any, Any]:
         updates, state = inner.update(updates, whole_state(state), params, **extra_args)
         return updates, shard_state(state, mesh, axis_name)
 

@@ -20,7 +20,7 @@ PARTS, EXAMPLES, LENGTH = 4, 3, 2
 
 
 def of_rows(a, g, examples, loss):
-    """Statistics from rows of inputs and of an example's cotangents, as `statistics` defines them."""
+    """Statistics from rows of inputs and of an example's cotangents, as they are defined."""
     rows = len(a)
     return kfqn.Statistics(
         jnp.asarray(loss),

@@ -1,8 +1,8 @@
 """What runs on the device: the training step, the warm start, the evaluation; and the data order.
 
 The training examples lie on the device throughout, a pytree of arrays with the examples along the
-first axis of each; a step gets all of them and the indices of its batch. On several devices each has
-all of them and takes its part of the batch (see `devices`).
+first axis of each; a step gets all of them and the indices of its batch. On several devices each
+has all of them and takes its part of the batch (see `devices`).
 """
 
 import time

@@ -119,9 +119,7 @@ def train(config: Config, workdir: str | os.PathLike, dataset: Any = None) -> li
             refuse_lost(workdir)
         history = found[1].history if found else []
         recorder = stack.enter_context(Recorder(workdir, config, history if continuing else None))
-        run = _Run(
-            config, devices, examples, steps, measure, recorder, display, checkpoints, stop
-        )
+        run = _Run(config, devices, examples, steps, measure, recorder, display, checkpoints, stop)
 
         display.say(_opening(config, problem, dataset, facts))
         if optimizer.takes_curvature:

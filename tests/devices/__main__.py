@@ -1,6 +1,6 @@
 """Compares the ways of training in this process, which has devices of its own; prints JSON.
 
-    python -m devices '{"ways": [...], "widths": [...], ...}' [ADDRESS PROCESSES NUMBER]
+python -m devices '{"ways": [...], "widths": [...], ...}' [ADDRESS PROCESSES NUMBER]
 """
 
 import contextlib

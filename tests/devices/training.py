@@ -147,9 +147,7 @@ class Training:
             fn = kfqn.over_microbatches(measure, parts)
             return self.update(self.tx, grads, state, params, fn), None
 
-        return self._on_mesh(
-            jax.jit(lambda start, batches: jax.lax.scan(step, start, batches)[0])
-        )
+        return self._on_mesh(jax.jit(lambda start, batches: jax.lax.scan(step, start, batches)[0]))
 
     # --- shared -----------------------------------------------------------------------------------
 

@@ -1,0 +1,53 @@
+"""Trainings of the tiny problem on several devices, in a process that has them; prints JSON.
+
+python tiny_devices.py FOLDER
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import jax
+import tiny
+
+from kfqn_optax.experiment import plots, train
+from kfqn_optax.experiment.config import ConfigError
+from kfqn_optax.experiment.problems import PROBLEMS
+
+
+def main(folder):
+    PROBLEMS["curves"] = tiny.written(tiny.PROBLEM)
+    train.load_dataset = lambda config: tiny.dataset()
+    plots.losses_figure = lambda run: None
+    plots.save = lambda figure, path: None
+    # A layer of 13 x 40, so that something is spread.
+    tiny.written(tiny.PROBLEM)
+    PROBLEMS["curves"] = tiny.written(type(tiny.PROBLEM)((12, 40, 2, 40, 12), binary=True))
+
+    def losses(name, **values):
+        config = tiny.config(**{"curvature_examples": 8} | values)
+        return [line["train_loss"] for line in train.train(config, Path(folder) / name)]
+
+    def refusal(name, **values):
+        try:
+            losses(name, **values)
+        except (ConfigError, FileExistsError) as error:
+            return str(error)
+        return "nothing is refused"
+
+    many = {"devices": 4, "microbatches": 2, "shard_state": True}
+    report = {
+        "devices": jax.device_count(),
+        "one": losses("one"),
+        "many": losses("many", **many),
+        "first": losses("broken", **many, epochs=1),
+        "broken": losses("broken", **many),
+        "elsewhere": refusal("broken", devices=2),
+        "too many": refusal("none", devices=5),
+        "uneven": refusal("none", devices=3),
+        "run": json.loads((Path(folder) / "many" / "run.json").read_text())["device"],
+    }
+    print(json.dumps(report))
+
+
+main(*sys.argv[1:])
