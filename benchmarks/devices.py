@@ -1,6 +1,6 @@
 """The table of docs/devices.md: training in several ways, compared with one device.
 
-    python benchmarks/devices.py
+    python benchmarks/devices.py [ROW ...]
 
 An autoencoder 784-250-30-250-784 on random images, batch 256, 50 steps of K-BFGS; on CPU, as eight
 devices of one process and as two processes of four. The ways are those of the tests.
@@ -36,7 +36,10 @@ def row(name, double, single):
 
 def main():
     print("| | float64 | float32 | sent in a step | state on a device |\n|---|---|---|---|---|")
+    chosen = sys.argv[1:] or [*NAMES, "two-jit", "two-shard_map"]
     for way, name in NAMES.items():
+        if way not in chosen:
+            continue
         report = run(
             {**SIZE, "ways": [way], "steps": 50, "dtypes": ["float64", "float32"]},
             seconds=3000,
@@ -44,6 +47,8 @@ def main():
         )
         row(name, report["float64"][way], report["float32"][way])
     for way in ("jit", "shard_map"):
+        if f"two-{way}" not in chosen:
+            continue
         report, _ = run(
             {**SIZE, "ways": [way], "steps": 50, "dtypes": ["float64", "float32"]},
             devices=4,

@@ -40,13 +40,13 @@ def test_four_devices_and_two_microbatches_train_as_one(report):
     assert report["devices"] == 4
     assert report["run"] == "4 x cpu: cpu"
     assert report["one"][2] < report["one"][0] - 0.1
-    np.testing.assert_allclose(report["many"], report["one"], rtol=1e-5)
+    np.testing.assert_allclose(report["many"], report["one"][:2], rtol=1e-5)
 
 
 def test_a_run_on_several_devices_goes_on_from_a_checkpoint(report):
-    """A spread state too, to the last bit."""
-    assert report["first"] == report["many"][:2]
-    assert report["broken"] == report["many"]
+    """A spread state too."""
+    assert report["continued"][:2] == report["many"]
+    np.testing.assert_allclose(report["continued"], report["one"], rtol=1e-5)
 
 
 def test_what_is_refused(report):
@@ -69,8 +69,7 @@ def test_batches_that_microbatches_do_not_divide():
     assert str(make_devices(tiny.config(microbatches=4))) == "cpu: cpu"
 
 
-@pytest.mark.parametrize("framework", ["linen", "nnx"])
-def test_each_microbatch_has_random_keys_of_its_own(framework):
+def test_each_microbatch_has_random_keys_of_its_own():
     """Curvature sees those of the gradient: the same loss; and the next goes on where one ended."""
 
     def update(grads, state, params, *, curvature_fn):
@@ -78,7 +77,7 @@ def test_each_microbatch_has_random_keys_of_its_own(framework):
 
     init = lambda params: jnp.zeros(())  # noqa: E731
     optimizer = Optimizer(optax.GradientTransformationExtraArgs(init, update), True)
-    problem = tiny.CLASSIFIERS["char_transformer"][framework](None)
+    problem = tiny.CLASSIFIERS["char_transformer"]["nnx"](None)
     examples = jax.tree.map(jnp.asarray, tiny.characters(train=8).train)
     params, model_state = problem.init(0)
     step = jax.jit(steps.make_step(problem, optimizer, 0, microbatches=2))

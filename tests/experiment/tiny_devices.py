@@ -16,13 +16,11 @@ from kfqn_optax.experiment.problems import PROBLEMS
 
 
 def main(folder):
-    PROBLEMS["curves"] = tiny.written(tiny.PROBLEM)
+    # A layer wide enough that its factors are spread.
+    PROBLEMS["curves"] = tiny.written(type(tiny.PROBLEM)((12, 40, 12), binary=True))
     train.load_dataset = lambda config: tiny.dataset()
     plots.losses_figure = lambda run: None
     plots.save = lambda figure, path: None
-    # A layer of 13 x 40, so that something is spread.
-    tiny.written(tiny.PROBLEM)
-    PROBLEMS["curves"] = tiny.written(type(tiny.PROBLEM)((12, 40, 2, 40, 12), binary=True))
 
     def losses(name, **values):
         config = tiny.config(**{"curvature_examples": 8} | values)
@@ -39,10 +37,9 @@ def main(folder):
     report = {
         "devices": jax.device_count(),
         "one": losses("one"),
-        "many": losses("many", **many),
-        "first": losses("broken", **many, epochs=1),
-        "broken": losses("broken", **many),
-        "elsewhere": refusal("broken", devices=2),
+        "many": losses("many", **many, epochs=1),
+        "continued": losses("many", **many),
+        "elsewhere": refusal("many", devices=2),
         "too many": refusal("none", devices=5),
         "uneven": refusal("none", devices=3),
         "run": json.loads((Path(folder) / "many" / "run.json").read_text())["device"],
