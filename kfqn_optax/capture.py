@@ -182,7 +182,7 @@ class _Measure:
                 result = self.loss_fn(_insert(params, entries), *args, **kwargs)
             return loss.scalar(self.loss_fn, result)
 
-        return measure(run, self.seen, self.loss_fn, moments, vectors)
+        return measure(run, self.seen, self.loss_fn, params, moments, vectors)
 
 
 # --- shared -------------------------------------------------------------------------------------

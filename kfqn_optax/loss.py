@@ -1,7 +1,7 @@
 """The user's loss: how it is called with traced arrays, and what can be wrong with it."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import jax
@@ -79,6 +79,13 @@ def explain(
                 "layers' cotangents cannot be collected through that: compute it before the loss "
                 "and pass it as an argument, or give curvature_fn a loss without that term."
             ) from error
+        if "manual axis types" in message:
+            raise ValueError(
+                f"{_name(loss_fn)} is given a batch that differs from device to device of a mesh "
+                "inside jax.shard_map. Let curvature_fn take the mean over them: "
+                "kfqn_optax.over_axis(kfqn_optax.curvature_fn(loss_fn, params, *args), axis_name) "
+                f"with the name of that axis. ({message[:300]})"
+            ) from error
         if plain is None:
             raise
         plain()  # raises the user's own error, where that is what it is
@@ -88,6 +95,17 @@ def explain(
             "tree of parameters with another tree? Give curvature_fn the loss without that term "
             "(a penalty on the weights is not wanted there)."
         ) from error
+
+
+def check_local(loss_fn: LossFn, expected: Collection[str], found: Collection[str]) -> None:
+    """Raises if a loss is the same along axes of a mesh where each device is to have its own."""
+    averaged = sorted(set(expected) - set(found))
+    if averaged:
+        raise ValueError(
+            f"{_name(loss_fn)} returns a loss that is the same on all devices of axis "
+            f"{averaged[0]!r}: it takes a mean or a sum over them itself. Give curvature_fn the "
+            "mean loss of the local part of the batch; over_axis takes the mean over the devices."
+        )
 
 
 def _name(fn: Callable) -> str:

@@ -97,7 +97,7 @@ def nnx_curvature_fn(
             args, kwargs = arguments()
             return loss.scalar(loss_fn, loss_fn(copy, *args, **kwargs))
 
-        return measure(run, seen, loss_fn, moments, vectors)
+        return measure(run, seen, loss_fn, params, moments, vectors)
 
     return measure_at
 

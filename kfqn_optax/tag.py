@@ -18,8 +18,9 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec, auto_axes
 
+from kfqn_optax.axes import vary, varying
 from kfqn_optax.discovery import Seen
-from kfqn_optax.loss import LossFn, explain
+from kfqn_optax.loss import LossFn, check_local, explain
 from kfqn_optax.statistics import Statistics, reduce
 
 Entry = dict[str, jax.Array]  # of one layer: zeros (or their sums) by field, and perhaps a vector
@@ -55,6 +56,7 @@ def _tag_forward(geometry, output, inputs, entry):
 def _tag_backward(geometry, residuals, cotangent):
     inputs, entry = residuals
     sums = _replicated(functools.partial(_sums, geometry), entry, inputs, cotangent)
+    sums = {name: vary(total, varying(entry[name])) for name, total in sums.items()}
     return cotangent, None, sums
 
 
@@ -111,6 +113,7 @@ def measure(
     loss_of_entries: Callable[[dict[str, Entry]], jax.Array],
     seen: tuple[Seen, ...],
     loss_fn: LossFn,
+    params: Any,
     moments: Collection[str] | None = None,
     vectors: Mapping[str, jax.Array] | None = None,
 ) -> Statistics:
@@ -120,10 +123,13 @@ def measure(
         loss_of_entries: the loss as a function of the entries that `tag` is given, by layer path.
         seen: the layers.
         loss_fn: the user's function, for messages.
+        params: the parameters; inside ``jax.shard_map``, the sums are of the devices along whose
+            axes these are marked as varying, each device its own.
         moments: paths of the layers whose second moment is wanted; None for all.
         vectors: by layer path, [*blocks, d_in]: A times this vector is wanted.
     """
     vectors = vectors or {}
+    axes = varying(params)
     zeros, given = {}, {}
     for s in seen:
         path = s.layer.path
@@ -132,15 +138,17 @@ def measure(
             wanted.append("moment")
         if path in vectors and not s.layer.lookup:
             wanted.append("product")
-            given[path] = {VECTOR: _scatter(s, vectors[path])}
+            given[path] = vary({VECTOR: _scatter(s, vectors[path])}, axes)
         zeros[path] = {
-            name: jnp.zeros(_outer_shape(s, _inner_shape(s, name)), s.dtype) for name in wanted
+            name: vary(jnp.zeros(_outer_shape(s, _inner_shape(s, name)), s.dtype), axes)
+            for name in wanted
         }
 
     def loss_of_zeros(zeros: dict[str, Entry]) -> jax.Array:
         return loss_of_entries({path: {**zeros[path], **given.get(path, {})} for path in zeros})
 
     loss, sums = explain(lambda: jax.value_and_grad(loss_of_zeros)(zeros), loss_fn)
+    check_local(loss_fn, axes, varying(loss))
     return Statistics(
         loss=loss,
         layers={

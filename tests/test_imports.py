@@ -88,7 +88,9 @@ def test_only_the_outer_rooms_know_flax_or_optax():
         "capture", "nnx", "linen_kinds", "nnx_kinds", "train_state",
     }  # fmt: skip
     optax_rooms = {room for room, hosts in rooms.items() if "optax" in hosts}
-    assert optax_rooms <= {"transform", "methods", "optimizer", "summary", "train_state"}
+    assert optax_rooms <= {
+        "transform", "methods", "optimizer", "sharding", "summary", "train_state",
+    }  # fmt: skip
     assert rooms["capture"] == {"flax"}  # the test can see
     assert rooms["transform"] == {"optax"}
 
@@ -109,6 +111,8 @@ def test_a_room_imports_only_rooms_above_it():
     """Who imports whom: a table for settled rooms; the others are checked for order."""
     table = {
         "options": set(),
+        "axes": set(),
+        "sharding": set(),
         "loss": set(),
         "matrix": set(),
         "geometry": set(),
@@ -121,7 +125,8 @@ def test_a_room_imports_only_rooms_above_it():
         "statistics": {"layers"},
         "calls": {"geometry", "matrix"},
         "discovery": {"calls", "geometry", "layers", "matrix"},
-        "tag": {"discovery", "loss", "statistics"},
+        "combine": {"axes", "statistics"},
+        "tag": {"axes", "discovery", "loss", "statistics"},
         "linen_kinds": {"calls", "geometry", "matrix"},
         "nnx_kinds": {"calls", "geometry", "matrix"},
         "capture": {

@@ -8,6 +8,7 @@ One way through the rooms, left to right:
 * `datasets`: a problem's images or text, train and test.
 * `problems`: a problem's network and its losses.
 * `optimizers`: the Optax transformation that a config names.
+* `devices`: which devices a run uses, and what lies on which.
 * `steps`: what runs on the device: training step, warm start, evaluation.
 * `train`: the loop over epochs and the clock.
 * `losses`: the losses of the steps, and the end of a run that diverges.

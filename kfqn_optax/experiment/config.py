@@ -117,6 +117,11 @@ KEYS = {
     "warm_start": _switch(True, "kbfgs, kbfgs_l: second moments from the whole train set first"),
     "curvature_examples": _whole(0, "measure curvature on so many of the batch; 0: all", 0),
     "batch_size": _whole(1000, "examples a step", 1),
+    "microbatches": _whole(1, "parts of the batch that are measured one after the other", 1),
+    "devices": _whole(1, "devices that share each batch evenly; 0: all there are", 0),
+    "shard_state": _switch(
+        False, "devices above 1: each keeps only its part of the optimizer's state"
+    ),
     "epochs": _whole(20, "passes over the training examples", 1, free=True),
     "seed": Key(
         0,

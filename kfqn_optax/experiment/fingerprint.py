@@ -13,6 +13,7 @@ import jax
 import numpy as np
 
 from kfqn_optax.experiment.config import differences
+from kfqn_optax.experiment.devices import Devices
 from kfqn_optax.experiment.leaves import describe
 from kfqn_optax.experiment.optimizers import Config
 from kfqn_optax.experiment.steps import TrainState
@@ -22,19 +23,24 @@ _PACKAGES = ("kfqn-optax", "jax", "jaxlib", "flax", "optax", "numpy")
 _SHOWN = 3  # arrays named in a message
 
 
-def fingerprint(config: Config, dataset: Any, state: TrainState) -> dict[str, Any]:
+def fingerprint(
+    config: Config,
+    dataset: Any,
+    state: TrainState,
+    devices: Devices = Devices(),  # noqa: B008  (immutable)
+) -> dict[str, Any]:
     """Returns the facts of a run that its checkpoints carry, as plain values.
 
     Args:
         config: a checked config.
         dataset: the examples, with the attributes `train` and `test`.
         state: a state of this run; its shapes and dtypes are looked at.
+        devices: that the run uses.
     """
-    device = jax.devices()[0]
     return {
         "format": FORMAT,
         "versions": {name: metadata.version(name) for name in _PACKAGES},
-        "device": f"{device.platform}: {device.device_kind}",
+        "device": str(devices),
         "config": config.to_dict(),
         "data": {"training": _digest(dataset.train), "test": _digest(dataset.test)},
         "arrays": describe(state),

@@ -1,7 +1,8 @@
 """What runs on the device: the training step, the warm start, the evaluation; and the data order.
 
 The training examples lie on the device throughout, a pytree of arrays with the examples along the
-first axis of each; a step gets all of them and the indices of its batch.
+first axis of each; a step gets all of them and the indices of its batch. On several devices each
+has all of them and takes its part of the batch (see `devices`).
 """
 
 import time
@@ -13,6 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+import kfqn_optax as kfqn
+from kfqn_optax.experiment.devices import Devices
 from kfqn_optax.experiment.optimizers import Config, Optimizer
 from kfqn_optax.experiment.problems import Batch, ModelState, Params, Problem, squared_norm
 
@@ -36,7 +39,11 @@ def take(examples: Batch, rows: Any) -> Batch:
 
 
 def make_step(
-    problem: Problem, optimizer: Optimizer, curvature_examples: int
+    problem: Problem,
+    optimizer: Optimizer,
+    curvature_examples: int,
+    microbatches: int = 1,
+    devices: Devices = Devices(),  # noqa: B008  (immutable)
 ) -> Callable[[TrainState, Batch, jax.Array], tuple[TrainState, jax.Array]]:
     """Returns the training step, not yet jitted.
 
@@ -44,26 +51,54 @@ def make_step(
         problem: gives the loss.
         optimizer: from `make_optimizer`.
         curvature_examples: how many of the batch's first examples curvature is measured on; 0: all.
+        microbatches: in how many parts the batch goes through the network, one after the other.
+        devices: that share the batch.
 
     Returns:
         A function of the state, all examples and the indices of the batch, which returns the next
         state and the loss of the batch before the step.
     """
-    transformation = optimizer.transformation
+    transformation = devices.transformation(optimizer.transformation)
+    gradient = jax.value_and_grad(problem.loss, has_aux=True)
+
+    def whole(params, model_state, examples, indices):
+        batch = devices.share(take(examples, indices))
+        (loss, next_model_state), grads = gradient(params, batch, model_state)
+        # From the model state before the gradient pass, so with the same random masks.
+        measured = take(batch, slice(curvature_examples or None))
+        curvature_fn = lambda: problem.curvature_fn(params, devices.share(measured), model_state)  # noqa: E731
+        return loss, next_model_state, grads, curvature_fn
+
+    def in_parts(params, model_state, examples, indices):
+        def parts(indices):
+            rows = kfqn.microbatches(indices, microbatches)
+            return devices.share(take(examples, rows), axis=1)
+
+        def one(carry, batch):
+            total, model_state = carry
+            (loss, next_model_state), grads = gradient(params, batch, model_state)
+            return (optax.tree.add(total, (loss, grads)), next_model_state), model_state
+
+        zeros = (jnp.zeros((), jnp.float32), optax.tree.zeros_like(params))
+        batches = parts(indices)
+        (total, next_model_state), states = jax.lax.scan(one, (zeros, model_state), batches)
+        loss, grads = jax.tree.map(lambda t: t / microbatches, total)
+        if curvature_examples:
+            batches = parts(indices[:curvature_examples])
+        curvature_fn = lambda: kfqn.over_microbatches(  # noqa: E731
+            lambda batch, model_state: problem.curvature_fn(params, batch, model_state),
+            (batches, states),
+        )
+        return loss, next_model_state, grads, curvature_fn
 
     def step(state, examples, indices):
         params, opt_state, model_state = state
-        batch = take(examples, indices)
-        gradient = jax.value_and_grad(problem.loss, has_aux=True)
-        (loss, next_model_state), grads = gradient(params, batch, model_state)
-        extra = {}
-        if optimizer.takes_curvature:
-            # From the model state before the gradient pass, so with the same random masks.
-            measured = take(batch, slice(curvature_examples or None))
-            extra["curvature_fn"] = problem.curvature_fn(params, measured, model_state)
+        measure = whole if microbatches == 1 else in_parts
+        loss, model_state, grads, curvature_fn = measure(params, model_state, examples, indices)
+        extra = {"curvature_fn": curvature_fn()} if optimizer.takes_curvature else {}
         updates, opt_state = transformation.update(grads, opt_state, params, **extra)
         params = optax.apply_updates(params, updates)
-        return TrainState(params, opt_state, next_model_state), loss
+        return TrainState(params, opt_state, model_state), loss
 
     return step
 
@@ -74,11 +109,13 @@ def compile_step(
     config: Config,
     state: TrainState,
     examples: Batch,
+    devices: Devices = Devices(),  # noqa: B008  (immutable)
 ) -> Callable[[TrainState, Batch, np.ndarray], tuple[TrainState, jax.Array]]:
     """Returns `make_step`'s function, compiled; the state that it is called with is donated."""
-    step = make_step(problem, optimizer, config.curvature_examples)
+    step = make_step(problem, optimizer, config.curvature_examples, config.microbatches, devices)
     indices = jax.ShapeDtypeStruct((config.batch_size,), np.int32)
-    return jax.jit(step, donate_argnums=0).lower(state, examples, indices).compile()
+    places = devices.places(state)
+    return jax.jit(step, donate_argnums=0, **places).lower(state, examples, indices).compile()
 
 
 def make_evaluate(
@@ -88,6 +125,7 @@ def make_evaluate(
     *,
     weight_decay: float,
     batch_size: int,
+    devices: Devices = Devices(),  # noqa: B008  (immutable)
 ) -> Callable[..., dict[str, float]]:
     """Returns a function from parameters (and model state) to the four measures of the metrics.
 
@@ -102,7 +140,7 @@ def make_evaluate(
         size = count(examples)
         rows = start + jnp.arange(min(batch_size, size), dtype=jnp.int32)
         counts = rows < size
-        batch = take(examples, jnp.minimum(rows, size - 1))
+        batch = devices.share(take(examples, jnp.minimum(rows, size - 1)))
         losses, measures = problem.errors(params, batch, model_state)
         return jnp.where(counts, losses, 0.0).sum(), jnp.where(counts, measures, 0.0).sum()
 
@@ -145,10 +183,13 @@ def warm_start(
     examples: Batch,
     batch_size: int,
     model_state: ModelState = (),
+    microbatches: int = 1,
+    devices: Devices = Devices(),  # noqa: B008  (immutable)
 ) -> tuple[Any, float, float]:
     """Measures the input second moments over the whole train set at the initial parameters.
 
-    The batches are taken in the order of the set; as in the steps, an incomplete one is left out.
+    The batches are taken in the order of the set; as in the steps, an incomplete one is left out,
+    and each goes through the network in so many parts.
 
     Returns:
         The new optimizer state, the seconds that it took, and before these the seconds until the
@@ -159,8 +200,9 @@ def warm_start(
 
     def batches():
         nonlocal compiled
-        for number in range(count(examples) // batch_size):
-            yield take(examples, slice(number * batch_size, (number + 1) * batch_size))
+        size = batch_size // microbatches
+        for number in range(count(examples) // batch_size * microbatches):
+            yield devices.share(take(examples, slice(number * size, (number + 1) * size)))
             if number == 0:
                 compiled = time.perf_counter()
 

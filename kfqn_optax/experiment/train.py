@@ -25,6 +25,7 @@ import kfqn_optax as kfqn
 from kfqn_optax.experiment import datasets
 from kfqn_optax.experiment.checkpoints import Checkpoints, Position
 from kfqn_optax.experiment.config import ConfigError, check
+from kfqn_optax.experiment.devices import Devices, make_devices
 from kfqn_optax.experiment.fingerprint import fingerprint
 from kfqn_optax.experiment.losses import LaggedLosses, before, refuse_non_finite
 from kfqn_optax.experiment.optimizers import Config, Optimizer, make_optimizer
@@ -77,21 +78,26 @@ def train(config: Config, workdir: str | os.PathLike, dataset: Any = None) -> li
     if dataset is None:
         dataset = load_dataset(config)
     _check_fit(config, problem, dataset)
+    devices = make_devices(config)
 
-    examples, test_examples = _on_device(dataset.train), _on_device(dataset.test)
-    params, model_state = problem.init(config.seed)
+    examples, test_examples = (
+        devices.everywhere(_on_device(part)) for part in (dataset.train, dataset.test)
+    )
+    params, model_state = devices.everywhere(problem.init(config.seed))
     optimizer = make_optimizer(
         config, lambda: problem.layers(params, take(examples, slice(2)), model_state)
     )
-    state = TrainState(params, optimizer.transformation.init(params), model_state)
+    opt_state = optimizer.transformation.init(params)
+    state = TrainState(params, devices.place(opt_state), model_state)
     measure = make_evaluate(
         problem,
         examples,
         test_examples,
         weight_decay=config.weight_decay,
         batch_size=config.eval_batch_size,
+        devices=devices,
     )
-    facts = _facts(dataset, params, config.batch_size)
+    facts = _facts(dataset, params, config.batch_size, devices)
     steps = facts["steps_per_epoch"]
 
     with (
@@ -101,7 +107,7 @@ def train(config: Config, workdir: str | os.PathLike, dataset: Any = None) -> li
     ):
         checkpoints, found = None, None
         if continuing or config.checkpoint_every:
-            of_this_run = fingerprint(config, dataset, state)
+            of_this_run = fingerprint(config, dataset, state, devices)
             checkpoints = stack.enter_context(Checkpoints(workdir, of_this_run, config))
             if continuing:
                 found = checkpoints.newest(state, steps, display.say)
@@ -117,6 +123,7 @@ def train(config: Config, workdir: str | os.PathLike, dataset: Any = None) -> li
         recorder = stack.enter_context(Recorder(workdir, config, history if continuing else None))
         run = _Run(
             config,
+            devices,
             examples,
             steps,
             optimizer.takes_curvature,
@@ -129,8 +136,9 @@ def train(config: Config, workdir: str | os.PathLike, dataset: Any = None) -> li
 
         display.say(_opening(config, problem, dataset, facts))
         if optimizer.takes_curvature:
-            summary = kfqn.summary(state.opt_state, params)
+            summary = kfqn.summary(opt_state, params)
             recorder.text("summary.txt", str(summary).rstrip() + "\n")
+        del opt_state
         compile_seconds = 0.0
         if found:
             state, position = found
@@ -138,8 +146,13 @@ def train(config: Config, workdir: str | os.PathLike, dataset: Any = None) -> li
             display.say(f"going on from step {step}, after {position.seconds:.1f} s of training")
         else:
             state, position, compile_seconds = run.begin(problem, optimizer, state)
+        state = TrainState(
+            devices.everywhere(state.params),
+            devices.place(state.opt_state),
+            devices.everywhere(state.model_state),
+        )
         start = time.perf_counter()
-        compiled = compile_step(problem, optimizer, config, state, examples)
+        compiled = compile_step(problem, optimizer, config, state, examples, devices)
         compile_seconds += time.perf_counter() - start
         display.say(f"compiled in {compile_seconds:.1f} s")
         facts["compile_seconds"] = compile_seconds
@@ -156,6 +169,7 @@ class _Run:
     """What a run works with from its first evaluation to its last."""
 
     config: Config
+    devices: Devices
     examples: Batch
     steps: int
     takes_curvature: bool
@@ -179,7 +193,14 @@ class _Run:
             return state, position, 0.0
         params, opt_state, model_state = state
         opt_state, seconds, compile_seconds = warm_start(
-            opt_state, problem, params, self.examples, config.batch_size, model_state
+            opt_state,
+            problem,
+            params,
+            self.examples,
+            config.batch_size,
+            model_state,
+            config.microbatches,
+            self.devices,
         )
         position = Position(0, 0, seconds, losses=[], history=position.history)
         return TrainState(params, opt_state, model_state), position, compile_seconds
@@ -286,15 +307,14 @@ def _check_fit(config: Config, problem: Problem, dataset: Any) -> None:
         )
 
 
-def _facts(dataset: Any, params: Params, batch_size: int) -> dict[str, Any]:
-    device = jax.devices()[0]
+def _facts(dataset: Any, params: Params, batch_size: int, devices: Devices) -> dict[str, Any]:
     return {
         "train_examples": count(dataset.train),
         "test_examples": count(dataset.test),
         **dataset.facts,
         "parameters": sum(leaf.size for leaf in jax.tree.leaves(params)),
         "steps_per_epoch": count(dataset.train) // batch_size,
-        "device": f"{device.platform}: {device.device_kind}",
+        "device": str(devices),
         "python": platform.python_version(),
         "jax": jax.__version__,
     }

@@ -49,10 +49,10 @@ def local_statistics(optimizer: Optimizer, check_vma: bool = False) -> None:
     tx, params = optimizer.make(), initial()
 
     def step(params, state, *batch):
-        fn = kfqn.curvature_fn(loss_fn, params, *batch)
-        of_all = lambda p, **asked: jax.lax.pmean(fn(p, **asked), "data")  # noqa: E731
-        grads = jax.lax.pmean(jax.grad(loss_fn)(params, *batch), "data")
-        updates, state = tx.update(grads, state, params, curvature_fn=of_all)
+        of_device = jax.lax.pcast(params, "data", to="varying")
+        grads = jax.lax.pmean(jax.grad(loss_fn)(of_device, *batch), "data")
+        fn = kfqn.over_axis(kfqn.curvature_fn(loss_fn, params, *batch), "data")
+        updates, state = tx.update(grads, state, params, curvature_fn=fn)
         return optax.apply_updates(params, updates), state
 
     data, everywhere = PartitionSpec("data"), PartitionSpec()
