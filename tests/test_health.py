@@ -67,6 +67,24 @@ def test_every_status_has_a_column():
     assert len(health[D0].input) == len(health[D0].output) == len(pairs.STATUS_WORDS)
 
 
+@pytest.mark.parametrize("blocks", [(), (3,)])
+def test_every_column_counts_its_own(blocks):
+    """All pairs of statuses, and each damping by itself."""
+    statuses = list(pairs.STATUS_WORDS)
+    for number, status in enumerate(statuses):
+        for powell, second in [(True, False), (False, True)]:
+            other = statuses[number - 1]
+            happened = {
+                ("input_status", status), ("output_status", other), ("powell_damped", powell),
+                ("second_damped", second),
+            }  # fmt: skip
+            values = [jnp.full(blocks, value) for value in (status, other, powell, second)]
+            counts = layer_state.count(jnp.full((*blocks, COLUMNS), 7, jnp.int32), *values)
+            expected = [7 + (column in happened) for column in layer_state.COLUMNS]
+            np.testing.assert_array_equal(counts, np.broadcast_to(expected, counts.shape))
+            assert counts.dtype == jnp.int32
+
+
 def test_steps_that_learn_are_counted_and_those_without_curvature_are_not(trained):
     tx, _, params, state = trained  # four steps
     health = kfqn.health(state)
