@@ -103,9 +103,7 @@ def change(pair: Pair, Hy: jax.Array, status: jax.Array) -> tuple[Change, jax.Ar
     status = jnp.where(accept & ~usable, pairs.NOT_FINITE, status)
     accept &= usable
     # Adding -0 changes no bit, adding 0 takes the sign of -0.
-    step = Change(
-        jnp.where(accept, s, 0), jnp.where(accept, w, -0.0), jnp.where(accept, scale, 0)
-    )
+    step = Change(jnp.where(accept, s, 0), jnp.where(accept, w, -0.0), jnp.where(accept, scale, 0))
     return step, jnp.where(accept & reset, pairs.RESET, status)
 
 
