@@ -112,7 +112,7 @@ def damp_second(pair: Pair, mu: ArrayLike) -> tuple[Pair, jax.Array]:
     sy, ss = dot(s, y), dot(s, s)
     damped = (sy <= mu * ss) & (ss > 0)
     gap = ss - sy
-    divisible = (jnp.abs(gap) > jnp.sqrt(jnp.finfo(s.dtype).eps) * ss) & (mu <= 1)
+    divisible = (jnp.abs(gap) > jnp.sqrt(jnp.finfo(s.dtype).eps) * ss) & (jnp.asarray(mu) <= 1)
     t = (1 - mu) * ss / jnp.where(divisible, gap, 1)
     shift = mu - sy / jnp.where(ss > 0, ss, 1)
     y_damped = jnp.where(divisible, t * y + (1 - t) * s, y + shift * s)

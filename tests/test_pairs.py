@@ -147,7 +147,7 @@ def test_hessian_action():
     s = H @ pair.s
     made = pairs.hessian_action(s, A @ s, 0.7)
     np.testing.assert_allclose(made.s, s, rtol=1e-12)
-    np.testing.assert_allclose(made.y, (A + 0.7 * jnp.eye(4)) @ made.s, rtol=1e-12)
+    np.testing.assert_allclose(made.y, (A + 0.7 * jnp.eye(SIZE)) @ made.s, rtol=1e-12)
 
 
 @pytest.mark.parametrize(
