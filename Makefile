@@ -17,11 +17,11 @@ KBFGS_EPOCHS ?= 30
 ADAM_EPOCHS ?= 60
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-fast test-slow bench bench-more lint clean
+.PHONY: help demo test test-fast test-slow soak bench bench-more lint clean
 
 help:
 	@sed -n '1,/^$$/ s/^# \{0,1\}//p' Makefile
-	@echo "also: test-fast (the library without the experiments), test-slow, bench-more, lint, clean"
+	@echo "also: test-fast (the library without the experiments), test-slow, soak, bench-more, lint, clean"
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
@@ -54,6 +54,10 @@ test-fast: $(VENV)/.installed-test
 
 test-slow: $(VENV)/.installed-experiment+test
 	$(BIN)/python -m pytest -n $(WORKERS) -m slow
+
+# Property tests with 20 times the cases.
+soak: $(VENV)/.installed-experiment+test
+	$(BIN)/python -m pytest -n $(WORKERS) -m soak tests
 
 # Each part is a process of its own and adds to the same file.
 bench: $(VENV)/.installed-experiment

@@ -15,10 +15,11 @@ from jax.typing import ArrayLike
 
 UPDATED = 0
 NOT_POSITIVE = 1  # s.y <= 0
-TOO_SMALL = 2  # s.y <= tolerance |s|^2 |v|
-NOT_FINITE = 4
+TOO_SMALL = 2  # s.y <= tolerance |s|^2 |v|, or too small to be exact
+NOT_FINITE = 4  # or too large to be computed with
 NOT_MEASURED = 5  # no pair was offered: the layer took no part in this pass
 ROUNDING = 6  # no pair was offered: the mean cotangents are nothing but rounding
+RESET = 7  # the factor was lost; it starts anew from a multiple of the identity and this pair
 
 STATUS_WORDS = {
     UPDATED: "updated",
@@ -27,6 +28,7 @@ STATUS_WORDS = {
     NOT_FINITE: "skipped: not finite",
     NOT_MEASURED: "not measured",
     ROUNDING: "skipped: only rounding",
+    RESET: "reset: positive definiteness lost in rounding",
 }
 
 
@@ -66,7 +68,8 @@ def damp_powell(pair: Pair, Hy: jax.Array, mu: ArrayLike) -> tuple[Pair, jax.Arr
     the result has ``s.y = mu y.Hy``. (Algorithm 3 of the paper, first half.)
 
     Where ``y.Hy`` is not above 0 (y = 0: a dead layer, or a step of length 0) there is nothing to
-    damp with: the pair comes back as it is, and `pair_status` refuses it.
+    damp with: the pair comes back as it is, and `pair_status` refuses it. Where an inner product
+    overflows, so that nobody knows whether to damp, s comes back as nan, and is refused too.
 
     Args:
         pair: s and y, [d] each.
@@ -78,9 +81,12 @@ def damp_powell(pair: Pair, Hy: jax.Array, mu: ArrayLike) -> tuple[Pair, jax.Arr
     """
     s, y = pair
     sy, yHy = dot(s, y), dot(y, Hy)
-    damped = (sy <= mu * yHy) & (yHy > 0)
-    t = (1 - mu) * yHy / jnp.where(damped, yHy - sy, 1)
-    return Pair(jnp.where(damped, t * s + (1 - t) * Hy, s), y), damped
+    gap = yHy - sy
+    finite = jnp.isfinite(gap)
+    damped = (sy <= mu * yHy) & (yHy > 0) & finite
+    t = (1 - mu) * yHy / jnp.where(damped, gap, 1)
+    s_damped = jnp.where(damped, t * s + (1 - t) * Hy, s)
+    return Pair(jnp.where(finite, s_damped, jnp.nan), y), damped
 
 
 def damp_second(pair: Pair, mu: ArrayLike) -> tuple[Pair, jax.Array]:
@@ -89,9 +95,11 @@ def damp_second(pair: Pair, mu: ArrayLike) -> tuple[Pair, jax.Array]:
     ``y <- t y + (1 - t) s`` with ``t = (1 - mu) |s|^2 / (|s|^2 - s.y)``, when ``s.y <= mu |s|^2``;
     the result has ``s.y = mu |s|^2``. (Algorithm 3 of the paper, second half.)
 
-    For ``mu >= 1`` the denominator can vanish. Where it is too small to divide by, we reach the
-    same ``s.y = mu |s|^2`` by adding the missing multiple of s to y. The paper takes mu < 1 for
-    granted and the authors' code divides all the same.
+    For ``mu > 1`` this is no average of y and s any more: t is below 0 or above 1, without limit
+    where the denominator vanishes, and the long y that comes of it ruins the factor, in float64
+    too. There, and where the denominator is too small to divide by, we reach the same
+    ``s.y = mu |s|^2`` by adding the missing multiple of s to y. The paper takes mu < 1 for granted
+    and the authors' code divides all the same.
 
     Args:
         pair: s and y, [d] each.
@@ -104,7 +112,7 @@ def damp_second(pair: Pair, mu: ArrayLike) -> tuple[Pair, jax.Array]:
     sy, ss = dot(s, y), dot(s, s)
     damped = (sy <= mu * ss) & (ss > 0)
     gap = ss - sy
-    divisible = jnp.abs(gap) > jnp.sqrt(jnp.finfo(s.dtype).eps) * ss
+    divisible = (jnp.abs(gap) > jnp.sqrt(jnp.finfo(s.dtype).eps) * ss) & (jnp.asarray(mu) <= 1)
     t = (1 - mu) * ss / jnp.where(divisible, gap, 1)
     shift = mu - sy / jnp.where(ss > 0, ss, 1)
     y_damped = jnp.where(divisible, t * y + (1 - t) * s, y + shift * s)
@@ -141,13 +149,18 @@ def pair_status(pair: Pair, reference: jax.Array, tolerance: ArrayLike) -> jax.A
             output side, the mean input on the input side.
         tolerance: 1e-4 in the authors' code.
 
+    Inner products near the ends of the dtype's range are inexact (addends are flushed to zero, 1 /
+    s.y is), so ``s.y`` has to keep a distance of the relative precision from both: in float32 it
+    must lie between 1e-31 and 4e31. Larger ones count as not finite, smaller ones as too small.
+
     Returns:
         int32 scalar: one of the constants of this module. The codes are those of the authors' code.
     """
     sy, ss = dot(*pair), dot(pair.s, pair.s)
     bound = tolerance * ss * jnp.sqrt(dot(reference, reference))
-    finite = jnp.isfinite(sy) & jnp.isfinite(bound)
-    reasons = [~finite, sy <= 0, sy <= bound]
+    numbers = jnp.finfo(sy.dtype)
+    finite = (jnp.abs(sy) < numbers.max * numbers.eps) & jnp.isfinite(bound)
+    reasons = [~finite, sy <= 0, (sy <= bound) | (sy < numbers.tiny / numbers.eps)]
     return jnp.select(reasons, [NOT_FINITE, NOT_POSITIVE, TOO_SMALL], UPDATED).astype(jnp.int32)
 
 

@@ -235,8 +235,11 @@ def damp(s, y, H, mu2, mu1=MU1):
         s = t * s + (1 - t) * Hy
     by_second = bool(s @ s > 0 and s @ y <= mu2 * (s @ s))
     if by_second:
-        t = (1 - mu2) * (s @ s) / (s @ s - s @ y)
-        y = t * y + (1 - t) * s
+        if mu2 > 1:  # where the paper's t is no weight; the same s.y by a multiple of s
+            y = y + (mu2 - s @ y / (s @ s)) * s
+        else:
+            t = (1 - mu2) * (s @ s) / (s @ s - s @ y)
+            y = t * y + (1 - t) * s
     return s, y, by_powell, by_second
 
 

@@ -229,3 +229,14 @@ def test_the_tolerance_decides():
     same(new, running(), "input", "output")
     assert int(new.output_status) == int(new.input_status) == pairs.TOO_SMALL
     same(new, call(statistics(0), statistics(1)), "s", "y")  # the averages go on
+
+
+def test_a_ruined_factor_is_reset_by_itself():
+    weights, step = np.random.default_rng(0).normal(size=(2, 4, 3))
+    plain = call(statistics(0), statistics(1))
+    for side, other, ruin in (("output", "input", -np.eye(3)), ("input", "output", -np.eye(4))):
+        state = running()._replace(**{side: jnp.asarray(ruin)})
+        new = learn(state, statistics(0), statistics(1), weights, step, OPTIONS)
+        assert int(getattr(new, side + "_status")) == pairs.RESET
+        assert np.linalg.eigvalsh(getattr(new, side))[0] > 0
+        same(new, plain, other, other + "_status", "input_moment", "s", "y", "stage")

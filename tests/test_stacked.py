@@ -10,6 +10,7 @@ from models import loss_of, relative
 from steps import layers_of, step_of
 
 import kfqn_optax as kfqn
+from kfqn_optax import pairs
 
 D, LENGTH = 3, 4
 
@@ -172,3 +173,23 @@ def test_a_stack_can_go_elsewhere():
     grads = jax.grad(scanned)(stacked, *batch)
     updates, _ = tx.update(grads, state, stacked)
     jax.tree.map(lambda u, g: np.testing.assert_allclose(u, -0.1 * g), updates, grads)
+
+
+def test_a_ruined_block_is_reset_alone():
+    _, (scanned, stacked), batch = setup(0)
+    tx = kfqn.kbfgs(0.1, 0.1, layers=kfqn.find_layers(scanned, stacked, *batch))
+    step = step_of(tx, scanned)
+    stacked, state, _ = step(stacked, tx.init(stacked), *batch)
+    ruin = {"output": lambda H: H.at[1].multiply(-1), "input": lambda H: H.at[2].multiply(-1)}
+    ours = layers_of(state)[PATH]
+    ruined = ours._replace(**{side: do(getattr(ours, side)) for side, do in ruin.items()})
+    ruined = jax.tree.map(
+        lambda node: ruined if node is ours else node, state, is_leaf=lambda node: node is ours
+    )
+    new = layers_of(step(stacked, ruined, *batch)[1])[PATH]
+    for side, block in (("output", 1), ("input", 2)):
+        status = np.asarray(getattr(new, side + "_status"))
+        assert status[block] == pairs.RESET
+        assert (np.delete(status, block) != pairs.RESET).all()
+        for H in getattr(new, side):
+            assert np.linalg.eigvalsh(H)[0] > 0
