@@ -24,17 +24,19 @@ def check_real(leaves: Mapping[str, Any]) -> None:
             )
 
 
-def check_arguments(params: Any, curvature_fn: Any, present: tuple[Layer, ...]) -> None:
+def check_arguments(
+    params: Any, curvature_fn: Any, present: tuple[Layer, ...], method: str = "K-BFGS"
+) -> None:
     """Refuses an update of layers without parameters or without a usable ``curvature_fn``."""
     names = layers_lib.some(layer.path for layer in present)
     if params is None:
         raise ValueError(
-            f"K-BFGS needs the parameters to precondition {names}: call "
+            f"{method} needs the parameters to precondition {names}: call "
             "tx.update(grads, state, params, curvature_fn=...)."
         )
     if curvature_fn is MISSING:
         raise TypeError(
-            "update() is missing the keyword argument curvature_fn, which K-BFGS needs for "
+            f"update() is missing the keyword argument curvature_fn, which {method} needs for "
             f"{names}: pass curvature_fn=kfqn_optax.curvature_fn(loss_fn, params, *args) with the "
             "arguments of the gradient, or curvature_fn=None to keep the factors in this step."
         )

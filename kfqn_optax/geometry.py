@@ -54,8 +54,7 @@ class Geometry(abc.ABC):
 
     def moment(self, inputs: jax.Array, dtype: Any) -> jax.Array:
         """Sum of x x^T, [d, d] or [G, d, d]."""
-        rows = self.input_rows(inputs, dtype)
-        return jnp.einsum("n...i,n...j->...ij", rows, rows, precision=_HIGHEST)
+        return second_moment(self.input_rows(inputs, dtype))
 
     def product(self, inputs: jax.Array, vector: jax.Array, dtype: Any) -> jax.Array:
         """Sum of x (x . v), which is `moment` times v, for a vector v, [d] or [G, d]."""
@@ -263,6 +262,18 @@ class Lookup(Geometry):
         if indices.dtype.itemsize < 4:  # an int8 cannot hold the size of a large table
             indices = indices.astype(jnp.int32)
         return jnp.zeros_like(indices) if self.size == 1 else indices
+
+
+def second_moment(rows: jax.Array, weights: jax.Array | None = None) -> jax.Array:
+    """Sum over rows of x x^T, [d, d] or [G, d, d].
+
+    Args:
+        rows: [N, d] or [N, G, d].
+        weights: each row's x x^T is multiplied by the squared length of this one's row, [N, k] or
+            [N, G, k].
+    """
+    left = rows if weights is None else rows * jnp.sum(weights**2, axis=-1, keepdims=True)
+    return jnp.einsum("n...i,n...j->...ij", left, rows, precision=_HIGHEST)
 
 
 def _rows(

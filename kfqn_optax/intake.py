@@ -9,8 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from kfqn_optax import bfgs
-from kfqn_optax.inverse import Diagonal
+from kfqn_optax.inverse import Diagonal, Remake, remake
 from kfqn_optax.layer_state import EMPTY, RUNNING, WARM, LayerState
 from kfqn_optax.layers import Layer
 from kfqn_optax.options import Number, Options, dampings
@@ -125,9 +124,6 @@ def start(
 ) -> dict[str, Any]:
     """The input factors, made from A where this is a layer's first step.
 
-    Layers of one size share one compiled inverse, which takes them in turn: on a CPU, batched
-    calls of LAPACK side by side in one program can wait for each other forever.
-
     Args:
         layers: whose states they are.
         states: as the previous step left them.
@@ -137,7 +133,7 @@ def start(
         root: sqrt(lambda).
     """
     inputs = {layer.path: states[layer.path].input for layer in layers}
-    alike: dict[Any, dict[str, tuple]] = {}
+    dense: dict[str, Remake] = {}
     for layer in layers:
         path, held = layer.path, inputs[layer.path]
         first = starts(states[path], begun[path])
@@ -149,26 +145,8 @@ def start(
         elif isinstance(held, jax.Array):
             if A is None:  # not stored: a warm start left it in the factor's place
                 A = layer.over_blocks(_unstored)(states[path].stage, held, moments.get(path, held))
-            d = held.shape[-1]
-            row = (
-                first.reshape(-1),
-                damping.reshape(-1),
-                A.reshape(-1, d, d),
-                held.reshape(-1, d, d),
-            )
-            alike.setdefault((d, held.dtype), {})[path] = row
-
-    def of_one(row: tuple) -> jax.Array:
-        first, damping, A, held = row
-        return jnp.where(first, bfgs.inverse(A, damping).astype(A.dtype), held)
-
-    for rows in alike.values():
-        made = jax.lax.map(of_one, jax.tree.map(lambda *x: jnp.concatenate(x), *rows.values()))
-        at = 0
-        for path, (first, *_) in rows.items():
-            inputs[path] = made[at : at + len(first)].reshape(inputs[path].shape)
-            at += len(first)
-    return inputs
+            dense[path] = Remake(first, damping, A, held)
+    return inputs | remake(dense)
 
 
 def _unstored(stage: jax.Array, held: jax.Array, batch: jax.Array) -> jax.Array:

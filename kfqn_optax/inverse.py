@@ -5,9 +5,11 @@ for the input side of an embedding: its one-hot inputs have a diagonal second mo
 can simply be written down. What a state holds tells which it is.
 """
 
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 
 from kfqn_optax import bfgs, lbfgs
 from kfqn_optax.lbfgs import Memory
@@ -38,6 +40,50 @@ def apply_to_rows(H: Factor, vectors: jax.Array) -> jax.Array:
     if isinstance(H, jax.Array):
         return bfgs.apply_to_rows(H, vectors)
     return apply(H, vectors.T).T
+
+
+class Remake(NamedTuple):
+    """A dense factor that may be made anew from a second moment.
+
+    Attributes:
+        wanted: whether it is, [*blocks].
+        damping: added to the diagonal of the moment, [*blocks].
+        moment: A, [*blocks, d, d].
+        held: the factor as it is, [*blocks, d, d].
+    """
+
+    wanted: jax.Array
+    damping: jax.Array
+    moment: jax.Array
+    held: jax.Array
+
+
+def remake(factors: Mapping[Any, Remake]) -> dict[Any, jax.Array]:
+    """``(A + damping I)^-1`` where it is wanted, and the factors held elsewhere, by key.
+
+    Factors of one size share one compiled inverse, which takes them in turn: on a CPU, batched
+    calls of LAPACK side by side in one program can wait for each other forever.
+    """
+
+    def of_one(row: Remake) -> jax.Array:
+        made = bfgs.inverse(row.moment, row.damping).astype(row.moment.dtype)
+        return jnp.where(row.wanted, made, row.held)
+
+    alike: dict[Any, dict[Any, Remake]] = {}
+    for key, (wanted, damping, A, held) in factors.items():
+        d = held.shape[-1]
+        row = Remake(
+            wanted.reshape(-1), damping.reshape(-1), A.reshape(-1, d, d), held.reshape(-1, d, d)
+        )
+        alike.setdefault((d, held.dtype), {})[key] = row
+    results = {}
+    for rows in alike.values():
+        made = jax.lax.map(of_one, jax.tree.map(lambda *x: jnp.concatenate(x), *rows.values()))
+        at = 0
+        for key, row in rows.items():
+            results[key] = made[at : at + len(row.wanted)].reshape(factors[key].held.shape)
+            at += len(row.wanted)
+    return results
 
 
 def size(H: Factor) -> int:

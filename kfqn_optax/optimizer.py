@@ -115,7 +115,7 @@ def kbfgs(
         max_factor_dim=max_factor_dim,
         layers=layers,
     )
-    return _whole(scale, learning_rate, momentum, weight_decay, layers, fallback)
+    return whole(scale, learning_rate, momentum, weight_decay, layers, fallback)
 
 
 def kbfgs_l(
@@ -172,7 +172,7 @@ def kbfgs_l(
         max_factor_dim=max_factor_dim,
         layers=layers,
     )
-    return _whole(scale, learning_rate, momentum, weight_decay, layers, fallback)
+    return whole(scale, learning_rate, momentum, weight_decay, layers, fallback)
 
 
 def kfqn(
@@ -228,10 +228,10 @@ def kfqn(
         max_factor_dim=max_factor_dim,
         layers=layers,
     )
-    return _whole(scale, learning_rate, momentum, weight_decay, layers, fallback)
+    return whole(scale, learning_rate, momentum, weight_decay, layers, fallback)
 
 
-def _whole(
+def whole(
     scale: optax.GradientTransformation,
     learning_rate: ScalarOrSchedule,
     momentum: Number,

@@ -9,12 +9,18 @@ import jax.numpy as jnp
 import optax
 
 from kfqn_optax import inverse
-from kfqn_optax.layer_state import LayerState
 from kfqn_optax.layers import Layer, join, named_leaves, path_name
+from kfqn_optax.natural import ScaleByKFACState
 from kfqn_optax.optimizer import FALLBACK, MomentumState
+from kfqn_optax.tkfac_rule import ScaleByTKFACState
 from kfqn_optax.transform import ScaleByKBFGSState
 
 _KERNELS = ("kernel", "embedding")
+_METHODS = {
+    ScaleByKBFGSState: "K-BFGS",
+    ScaleByKFACState: "K-FAC",
+    ScaleByTKFACState: "TKFAC",
+}
 _HEADER = ("parameter", "shape", "dtype", "updated by", "factors", "state bytes", "why")
 
 
@@ -22,7 +28,8 @@ def summary(opt_state: Any, params: Any = None, layers: Iterable[Layer] | None =
     """A table of who updates which parameter, with what, and why.
 
     Args:
-        opt_state: state of `kbfgs`, or of anything that holds K-BFGS states; shapes will do.
+        opt_state: state of `kbfgs`, `kfac` and their like, or of anything that holds such states;
+            shapes will do.
         params: the parameters; without them, those outside the layers are listed without shapes,
             and not at all where ``scale_by_kbfgs`` is used without `kbfgs`.
         layers: what `find_layers` returned, to say of what kind each layer is.
@@ -33,15 +40,16 @@ def summary(opt_state: Any, params: Any = None, layers: Iterable[Layer] | None =
         parameter, the factors for the kernel.
 
     Raises:
-        ValueError: if there is no K-BFGS state in ``opt_state``.
+        ValueError: if there is no state of ours in ``opt_state``.
     """
-    states = _all(opt_state, ScaleByKBFGSState)
+    states = _all(opt_state, tuple(_METHODS))
     if not states:
         raise ValueError(
             "opt_state holds no K-BFGS state: pass what tx.init(params) returned, for a tx made "
             "with kbfgs or scale_by_kbfgs."
         )
     held = {path: layer for state in states for path, layer in state.layers.items()}
+    methods = {path: _METHODS[type(state)] for state in states for path in state.layers}
     partitions = _all(opt_state, optax.transforms.PartitionState)
     fallback = any(FALLBACK in partition.inner_states for partition in partitions)
     parameters = _named(params, opt_state)
@@ -54,7 +62,7 @@ def summary(opt_state: Any, params: Any = None, layers: Iterable[Layer] | None =
         shape, dtype = ("", "") if leaf is None else (str(jnp.shape(leaf)), str(leaf.dtype))
         kept = bytes_of(name)
         if layer is not None and last in (*_KERNELS, "bias"):
-            by, why = "K-BFGS", f"{kinds.get(path, '')} layer".strip()
+            by, why = methods[path], f"{kinds.get(path, '')} layer".strip()
             if last in _KERNELS:
                 factors = f"{inverse.words(layer.input)} and {inverse.words(layer.output)}"
                 kept += _layer_bytes(layer)
@@ -70,8 +78,8 @@ def summary(opt_state: Any, params: Any = None, layers: Iterable[Layer] | None =
     return _table([_HEADER, *rows])
 
 
-def _all(tree: Any, kind: type) -> list[Any]:
-    """The nodes of a kind in a tree."""
+def _all(tree: Any, kind: type | tuple[type, ...]) -> list[Any]:
+    """The nodes of a kind, or of several, in a tree."""
     nodes = jax.tree.leaves(tree, is_leaf=lambda node: isinstance(node, kind))
     return [node for node in nodes if isinstance(node, kind)]
 
@@ -82,7 +90,7 @@ def _named(params: Any, opt_state: Any) -> dict[str, Any]:
         return named_leaves(params)
     momenta = _all(opt_state, MomentumState)
     if not momenta:
-        states = _all(opt_state, ScaleByKBFGSState)
+        states = _all(opt_state, tuple(_METHODS))
         return {join(path, "kernel"): None for state in states for path in state.layers}
     known: dict[str, Any] = {}
     for momentum in momenta:
@@ -115,7 +123,7 @@ def _bytes_by_name(state: Any, names: set[str]) -> Any:
     return lambda name: sizes.get(name, 0)
 
 
-def _layer_bytes(layer: LayerState) -> int:
+def _layer_bytes(layer: Any) -> int:
     return sum(_nbytes(leaf) for leaf in jax.tree.leaves(layer))
 
 

@@ -121,7 +121,7 @@ def test_a_room_imports_only_rooms_above_it():
         "statistics": {"layers"},
         "calls": {"geometry", "matrix"},
         "discovery": {"calls", "geometry", "layers", "matrix"},
-        "tag": {"discovery", "loss", "statistics"},
+        "tag": {"discovery", "geometry", "loss", "statistics"},
         "linen_kinds": {"calls", "geometry", "matrix"},
         "nnx_kinds": {"calls", "geometry", "matrix"},
         "capture": {
