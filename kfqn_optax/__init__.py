@@ -5,6 +5,7 @@ from kfqn_optax.kfac_rule import kfac, scale_by_kfac
 from kfqn_optax.layer_state import LayerState
 from kfqn_optax.layers import Layer
 from kfqn_optax.methods import scale_by_kbfgs, scale_by_kbfgs_l, scale_by_kfqn
+from kfqn_optax.mini_block import MiniBlockState, ScaleByMBFState, mbf, scale_by_mbf
 from kfqn_optax.moments import MomentState
 from kfqn_optax.natural import ScaleByKFACState
 from kfqn_optax.nnx import find_nnx_layers, nnx_curvature_fn
@@ -22,9 +23,11 @@ __all__ = [
     "Layer",
     "LayerState",
     "LayerStatistics",
+    "MiniBlockState",
     "MomentState",
     "ScaleByKBFGSState",
     "ScaleByKFACState",
+    "ScaleByMBFState",
     "ScaleByTKFACState",
     "Statistics",
     "TrainState",
@@ -35,6 +38,7 @@ __all__ = [
     "kbfgs_l",
     "kfac",
     "kfqn",
+    "mbf",
     "nnx_curvature_fn",
     "sample_bernoulli",
     "sample_categorical",
@@ -43,6 +47,7 @@ __all__ = [
     "scale_by_kbfgs_l",
     "scale_by_kfac",
     "scale_by_kfqn",
+    "scale_by_mbf",
     "scale_by_tkfac",
     "summary",
     "tkfac",

@@ -186,7 +186,9 @@ class _Measure:
                 result = self.loss_fn(_insert(params, entries), *args, **kwargs)
             return loss.scalar(self.loss_fn, result)
 
-        return measure(run, self.seen, self.loss_fn, moments, vectors, output_moments, joint_moments)
+        return measure(
+            run, self.seen, self.loss_fn, moments, vectors, output_moments, joint_moments
+        )
 
 
 # --- shared -------------------------------------------------------------------------------------

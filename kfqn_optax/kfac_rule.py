@@ -103,9 +103,7 @@ def scale_by_kfac(
     settings = Settings(
         learning_rate, damping, factor_decay, inverse_every, norm_constraint, max_factor_dim
     )
-    return natural_gradient(
-        RULE, settings, lambda A, G, root: damped(A, G, root, split), layers
-    )
+    return natural_gradient(RULE, settings, lambda A, G, root: damped(A, G, root, split), layers)
 
 
 def kfac(

@@ -217,6 +217,4 @@ def _placeholder_state(rule: Rule, given: tuple[Layer, ...] | None) -> Any:
         return {layer.path: moments_lib.init(layer, jnp.float32) for layer in given or ()}
 
     count = jax.ShapeDtypeStruct((), jnp.int32)
-    return rule.state(
-        cast(Any, count), cast(Any, count) if given is None else jax.eval_shape(init)
-    )
+    return rule.state(cast(Any, count), cast(Any, count) if given is None else jax.eval_shape(init))

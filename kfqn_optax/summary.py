@@ -10,6 +10,7 @@ import optax
 
 from kfqn_optax import inverse
 from kfqn_optax.layers import Layer, join, named_leaves, path_name
+from kfqn_optax.mini_block import MiniBlockState, ScaleByMBFState
 from kfqn_optax.natural import ScaleByKFACState
 from kfqn_optax.optimizer import FALLBACK, MomentumState
 from kfqn_optax.tkfac_rule import ScaleByTKFACState
@@ -19,6 +20,7 @@ _KERNELS = ("kernel", "embedding")
 _METHODS = {
     ScaleByKBFGSState: "K-BFGS",
     ScaleByKFACState: "K-FAC",
+    ScaleByMBFState: "MBF",
     ScaleByTKFACState: "TKFAC",
 }
 _HEADER = ("parameter", "shape", "dtype", "updated by", "factors", "state bytes", "why")
@@ -64,7 +66,7 @@ def summary(opt_state: Any, params: Any = None, layers: Iterable[Layer] | None =
         if layer is not None and last in (*_KERNELS, "bias"):
             by, why = methods[path], f"{kinds.get(path, '')} layer".strip()
             if last in _KERNELS:
-                factors = f"{inverse.words(layer.input)} and {inverse.words(layer.output)}"
+                factors = _factors(layer)
                 kept += _layer_bytes(layer)
             else:
                 factors = "with its kernel"
@@ -121,6 +123,14 @@ def _bytes_by_name(state: Any, names: set[str]) -> Any:
         if owner is not None:
             sizes[owner] = sizes.get(owner, 0) + _nbytes(leaf)
     return lambda name: sizes.get(name, 0)
+
+
+def _factors(layer: Any) -> str:
+    """The sizes of a layer's factors."""
+    if not isinstance(layer, MiniBlockState):
+        return f"{inverse.words(layer.input)} and {inverse.words(layer.output)}"
+    d, count = layer.moment.shape[-1], math.prod(layer.moment.shape[:-2])
+    return f"{d}^2" if count == 1 else f"{count:,} of {d}^2"
 
 
 def _layer_bytes(layer: Any) -> int:

@@ -32,9 +32,9 @@ def warm_start(opt_state: Any, loss_fn: LossFn, params: Any, batches: Iterable[t
     its own batch enters the moments as any other.
 
     Args:
-        opt_state: state of `kbfgs`, `kfac`, `scale_by_kbfgs` and their like, or of anything that holds one of them
-            (``optax.chain``, ``optax.partition``, ``optax.inject_hyperparams``, the ``opt_state``
-            of an ``nnx.Optimizer``).
+        opt_state: state of `kbfgs`, `kfac`, `scale_by_kbfgs` and their like, or of anything that
+            holds one of them (``optax.chain``, ``optax.partition``, ``optax.inject_hyperparams``,
+            the ``opt_state`` of an ``nnx.Optimizer``). `mbf` has no warm start.
         loss_fn: ``loss_fn(params, *batch)``, as in `curvature_fn`.
         params: all the parameters; for an NNX optimizer the model, and ``loss_fn(model, *batch)``.
         batches: an iterable of tuples, each the arguments of ``loss_fn`` after ``params``.
@@ -114,9 +114,7 @@ def _warmed(state: State, averages: dict[str, Any]) -> State:
     warm: Any = moments.warm if isinstance(state, ScaleByKFACState) else layer_state.warm
     warmed = type(state)(
         count=plain.count,
-        layers={
-            path: warm(of_layer, *averages[path]) for path, of_layer in plain.layers.items()
-        },
+        layers={path: warm(of_layer, *averages[path]) for path, of_layer in plain.layers.items()},
     )
     return jax.tree.unflatten(jax.tree.structure(state), jax.tree.leaves(warmed))
 
@@ -124,7 +122,7 @@ def _warmed(state: State, averages: dict[str, Any]) -> State:
 def _averages(
     loss_fn: LossFn, params: Any, batches: Iterable[tuple], wanted: _Wanted
 ) -> dict[str, tuple[jax.Array | None, jax.Array]]:
-    """A (of the layers wanted) and T, or both moments, averaged over all examples of all batches."""
+    """A (of the layers wanted) and T, or both moments, averaged over all examples."""
     rebuild, params = nnx.open_model(params) if nnx.is_model(params) else (lambda p: p, params)
     totals = None
     programs: dict[Any, Callable] = {}

@@ -88,7 +88,10 @@ def test_only_the_outer_rooms_know_flax_or_optax():
         "capture", "nnx", "linen_kinds", "nnx_kinds", "train_state",
     }  # fmt: skip
     optax_rooms = {room for room, hosts in rooms.items() if "optax" in hosts}
-    assert optax_rooms <= {"transform", "methods", "optimizer", "summary", "train_state"}
+    assert optax_rooms <= {
+        "transform", "methods", "optimizer", "summary", "train_state", "natural", "kfac_rule",
+        "tkfac_rule", "mini_block",
+    }  # fmt: skip
     assert rooms["capture"] == {"flax"}  # the test can see
     assert rooms["transform"] == {"optax"}
 
@@ -130,13 +133,27 @@ def test_a_room_imports_only_rooms_above_it():
         "nnx": {"discovery", "layers", "loss", "nnx_kinds", "statistics", "tag"},
         "layer_state": {"options", "layers", "pairs", "bfgs", "lbfgs", "inverse"},
         "intake": {
-            "options", "layers", "layer_state", "statistics", "packed", "bfgs", "inverse",
+            "options", "layers", "layer_state", "statistics", "packed", "inverse",
         },
         "factors": {
             "options", "layers", "layer_state", "statistics", "packed", "pairs", "bfgs", "lbfgs",
             "inverse",
         },
         "direction": {"options", "layers", "layer_state", "inverse"},
+        "moments": {"options", "layers", "layer_state", "bfgs", "inverse"},
+        "sampling": set(),
+        "natural": {
+            "checks", "direction", "layers", "moments", "options", "statistics", "transform",
+        },
+        "kfac_rule": {
+            "layers", "moments", "natural", "optimizer", "options", "statistics",
+        },
+        "tkfac_rule": {
+            "layers", "moments", "natural", "optimizer", "options", "statistics",
+        },
+        "mini_block": {
+            "checks", "inverse", "layers", "optimizer", "options", "statistics", "transform",
+        },
     }  # fmt: skip
     for room, allowed in table.items():
         if (PACKAGE / f"{room}.py").exists():

@@ -7,11 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from flax import linen as nn
-from models import Mlp, loss_of, relative
-from steps import matrices, types
+from conftest import SHARED
+from models import Mlp, loss_of, problem, relative
+from nets import NET, batch_of, embedding_layer, net_loss, rows_of
+from steps import matrices, random_like, types
 
 import kfqn_optax as kfqn
+from kfqn_optax.layers import named_leaves, to_matrix
 
 # --- the authors' own run -------------------------------------------------------------------------
 
@@ -19,8 +21,6 @@ import kfqn_optax as kfqn
 @pytest.fixture(scope="module")
 def replayed():
     """The recording, and our free run beside it: state before and after, updates and params."""
-    from conftest import SHARED
-
     path = SHARED / "golden" / "kfac_mse.npz"
     if not path.exists():
         pytest.skip(f"the recordings of the authors' code are not here: {path} is missing")
@@ -95,3 +95,166 @@ def test_every_recorded_array_in_float64(replayed):
             }
             for name, (ours, theirs) in pairs.items():
                 assert relative(ours, theirs) < 1e-9, (prefix, name)
+
+
+# --- explicit matrices ---------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def net():
+    params = NET.init(jax.random.key(0), batch_of(0)[0])
+    return params, kfqn.find_layers(net_loss, params, *batch_of(0))
+
+
+def kfac_moments(a, g):
+    """A, a mean over examples of a sum over positions, and G, a mean over both."""
+    examples, positions, _ = a.shape
+    return (
+        np.einsum("nti,ntj->ij", a, a) / examples,
+        np.einsum("nti,ntj->ij", g, g) / (examples * positions),
+    )
+
+
+def tkfac_moments(a, g):
+    """The numerators delta Phi and delta Psi, row by row."""
+    Phi, Psi = np.zeros((a.shape[-1],) * 2), np.zeros((g.shape[-1],) * 2)
+    for of_a, of_g in zip(a.reshape(-1, a.shape[-1]), g.reshape(-1, g.shape[-1]), strict=True):
+        Phi += (of_g @ of_g) * np.outer(of_a, of_a) / len(a)
+        Psi += (of_a @ of_a) * np.outer(of_g, of_g) / len(a)
+    return Phi, Psi
+
+
+def damped_inverses(method, first, second, damping):
+    """The two matrices that M is multiplied with, and the factor in front."""
+    eye = lambda matrix: np.eye(len(matrix))  # noqa: E731
+    if method == "tkfac":
+        delta = np.trace(first)
+        e = np.sqrt(damping / delta)
+        first, second = first / delta + e * eye(first), second / delta + e * eye(second)
+        return np.linalg.inv(first), np.linalg.inv(second), 1 / delta
+    pi = 1
+    if method == "kfac by trace":
+        pi = np.sqrt(np.trace(first) / len(first) / (np.trace(second) / len(second)))
+    root = np.sqrt(damping)
+    first, second = first + pi * root * eye(first), second + root / pi * eye(second)
+    return np.linalg.inv(first), np.linalg.inv(second), 1
+
+
+METHODS = {
+    "kfac": (kfqn.scale_by_kfac, {}, kfac_moments),
+    "kfac by trace": (kfqn.scale_by_kfac, {"split": "trace"}, kfac_moments),
+    "tkfac": (kfqn.scale_by_tkfac, {}, tkfac_moments),
+}
+EVERY, STEPS = 2, 6
+
+
+@pytest.fixture(scope="module", params=METHODS)
+def walk(request, net):
+    """Six steps at fixed parameters, on other batches: the states, the updates, the rows."""
+    params, layers = net
+    make, options, moments = METHODS[request.param]
+    tx = make(0.1, 0.2, factor_decay=0.7, inverse_every=EVERY, layers=layers, **options)
+
+    @jax.jit
+    def step(state, gradient, x, targets):
+        return tx.update(
+            gradient, state, params, curvature_fn=kfqn.curvature_fn(net_loss, params, x, targets)
+        )
+
+    gradient = random_like(params, seed=5)
+    state, run = tx.init(params), []
+    for k in range(STEPS):
+        before = types(state)
+        updates, state = step(state, gradient, *batch_of(k))
+        assert types(state) == before
+        run.append((state, updates))
+    assert step._cache_size() == 1
+    return request.param, moments, layers, gradient, run, params
+
+
+def blocks(array):
+    """The matrices of an array with or without an axis of blocks."""
+    array = np.asarray(array)
+    return array if array.ndim == 3 else array[None]
+
+
+def test_against_explicit_matrices(walk):
+    """Running averages, inverses in steps 0, 1, 2, 4, ..., and the direction."""
+    method, moments, layers, gradient, run, params = walk
+    held, inverses = {}, {}
+    for k, (state, updates) in enumerate(run):
+        rows = rows_of(params, *batch_of(k))
+        for layer in layers:
+            path = layer.path
+            ours = state.layers[path]
+            M = blocks(to_matrix(layer, named_leaves(gradient)))
+            P = blocks(to_matrix(layer, named_leaves(updates)))
+            for b, (a, g) in enumerate(rows[path]):
+                new = moments(a, g)
+                old = held.get((path, b), new)
+                held[path, b] = [0.7 * o + 0.3 * n for o, n in zip(old, new, strict=True)]
+                if k <= EVERY or k % EVERY == 0:
+                    inverses[path, b] = damped_inverses(method, *held[path, b], 0.2)
+                first, second, front = inverses[path, b]
+                assert relative(blocks(ours.input_moment)[b], held[path, b][0]) < 1e-12
+                assert relative(blocks(ours.output_moment)[b], held[path, b][1]) < 1e-12
+                assert relative(P[b], front * first @ M[b] @ second) < 1e-11, (path, k)
+            if method == "tkfac":
+                np.testing.assert_allclose(
+                    np.trace(blocks(ours.input_moment), axis1=1, axis2=2),
+                    np.trace(blocks(ours.output_moment), axis1=1, axis2=2),
+                )
+
+
+def test_kfac_inverts_the_counts_of_an_embedding():
+    loss_fn, params, tokens, layers = embedding_layer()
+    tx = kfqn.scale_by_kfac(0.1, 0.04, layers=layers)
+    gradient = random_like(params)
+    fn = kfqn.curvature_fn(loss_fn, params, tokens)
+    updates, _ = tx.update(gradient, tx.init(params), params, curvature_fn=fn)
+    table = np.asarray(params["params"]["embedding"])
+    g = 2 * table[np.asarray(tokens).ravel()]
+    counts = np.bincount(np.asarray(tokens).ravel(), minlength=6) / 3
+    G = g.T @ g / 6
+    M = np.asarray(gradient["params"]["embedding"])
+    expected = M / (counts + 0.2)[:, None] @ np.linalg.inv(G + 0.2 * np.eye(3))
+    assert relative(updates["params"]["embedding"], expected) < 1e-12
+
+
+def test_an_embedding_is_refused_by_name():
+    _, params, _, layers = embedding_layer()
+    for tx in (kfqn.scale_by_tkfac(0.1, layers=layers), kfqn.scale_by_mbf(0.1, layers=layers)):
+        with pytest.raises(ValueError, match="layer 'params' is an embedding.*layers="):
+            tx.init(params)
+
+
+def test_long_sides_are_refused_by_name():
+    _, params, *_ = problem()
+    for tx in (
+        kfqn.scale_by_kfac(0.1, max_factor_dim=5),
+        kfqn.scale_by_tkfac(0.1, max_factor_dim=5),
+        kfqn.scale_by_mbf(0.1, max_factor_dim=3),
+    ):
+        with pytest.raises(
+            ValueError, match="'params/Dense_0' has a.* side of length [46].*is [35]"
+        ):
+            tx.init(params)
+
+
+def test_arguments_and_a_curvature_fn_that_measures_too_little():
+    with pytest.raises(ValueError, match="split must be one of sqrt, trace, got 'half'"):
+        kfqn.kfac(0.1, split="half")
+    with pytest.raises(ValueError, match="inverse_every must be a whole number"):
+        kfqn.tkfac(0.1, inverse_every=0)
+    with pytest.raises(ValueError, match="damping must be above 0"):
+        kfqn.mbf(0.1, damping=0)
+    loss_fn, params, x, targets = problem()
+    tx = kfqn.scale_by_kfac(0.1)
+    fn = kfqn.curvature_fn(loss_fn, params, x, targets)
+    with pytest.raises(TypeError, match="curvature_fn, which K-FAC needs for 'params/Dense_0'"):
+        tx.update(params, tx.init(params), params)
+    with pytest.raises(ValueError, match="did not measure .* layer 'params/Dense_0' that K-FAC"):
+        tx.update(params, tx.init(params), params, curvature_fn=lambda p, **_: fn(p))
+    mbf = kfqn.scale_by_mbf(0.1)
+    with pytest.raises(ValueError, match="state of MBF was made for other parameters"):
+        mbf.update(params, mbf.init(problem(widths=(2, 3))[1]))

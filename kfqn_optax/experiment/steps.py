@@ -18,11 +18,27 @@ from kfqn_optax.experiment.problems import Batch, ModelState, Params, Problem, s
 
 
 class TrainState(NamedTuple):
-    """What a step changes; its buffers are donated to the next step."""
+    """What a step changes; its buffers are donated to the next step.
+
+    Attributes:
+        params: of the model.
+        opt_state: of the optimizer.
+        model_state: see `problems`.
+        key: a random key to draw targets from; None for optimizers that need none.
+    """
 
     params: Params
     opt_state: Any
     model_state: ModelState = ()
+    key: jax.Array | None = None
+
+
+def initial_state(
+    optimizer: Optimizer, params: Params, model_state: ModelState, seed: int
+) -> TrainState:
+    """Returns the state before the first step."""
+    key = jax.random.fold_in(jax.random.key(seed), 1) if optimizer.draws_targets else None
+    return TrainState(params, optimizer.transformation.init(params), model_state, key)
 
 
 def count(examples: Batch) -> int:
@@ -52,7 +68,7 @@ def make_step(
     transformation = optimizer.transformation
 
     def step(state, examples, indices):
-        params, opt_state, model_state = state
+        params, opt_state, model_state, key = state
         batch = take(examples, indices)
         gradient = jax.value_and_grad(problem.loss, has_aux=True)
         (loss, next_model_state), grads = gradient(params, batch, model_state)
@@ -60,10 +76,13 @@ def make_step(
         if optimizer.takes_curvature:
             # From the model state before the gradient pass, so with the same random masks.
             measured = take(batch, slice(curvature_examples or None))
-            extra["curvature_fn"] = problem.curvature_fn(params, measured, model_state)
+            drawn = None
+            if optimizer.draws_targets:
+                drawn, key = jax.random.split(key)
+            extra["curvature_fn"] = problem.curvature_fn(params, measured, model_state, drawn)
         updates, opt_state = transformation.update(grads, opt_state, params, **extra)
         params = optax.apply_updates(params, updates)
-        return TrainState(params, opt_state, next_model_state), loss
+        return TrainState(params, opt_state, next_model_state, key), loss
 
     return step
 
@@ -145,10 +164,12 @@ def warm_start(
     examples: Batch,
     batch_size: int,
     model_state: ModelState = (),
+    key: jax.Array | None = None,
 ) -> tuple[Any, float, float]:
-    """Measures the input second moments over the whole train set at the initial parameters.
+    """Measures second moments over the whole train set at the initial parameters.
 
     The batches are taken in the order of the set; as in the steps, an incomplete one is left out.
+    With a random key targets are drawn from it, other ones for each batch.
 
     Returns:
         The new optimizer state, the seconds that it took, and before these the seconds until the
@@ -160,7 +181,8 @@ def warm_start(
     def batches():
         nonlocal compiled
         for number in range(count(examples) // batch_size):
-            yield take(examples, slice(number * batch_size, (number + 1) * batch_size))
+            drawn = None if key is None else jax.random.fold_in(key, number)
+            yield take(examples, slice(number * batch_size, (number + 1) * batch_size)), drawn
             if number == 0:
                 compiled = time.perf_counter()
 

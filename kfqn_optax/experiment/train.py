@@ -36,6 +36,7 @@ from kfqn_optax.experiment.steps import (
     compile_step,
     count,
     epoch_batches,
+    initial_state,
     make_evaluate,
     take,
     warm_start,
@@ -81,7 +82,7 @@ def train(config: Config, workdir: str | os.PathLike, dataset: Any = None) -> li
     optimizer = make_optimizer(
         config, lambda: problem.layers(params, take(examples, slice(2)), model_state)
     )
-    state = TrainState(params, optimizer.transformation.init(params), model_state)
+    state = initial_state(optimizer, params, model_state, config.seed)
     measure = make_evaluate(
         problem,
         examples,
@@ -164,12 +165,12 @@ class _Run:
         position = self.measured(0, state, Position(0, 0, seconds=0.0, losses=[], history=[]))
         if not (optimizer.warm_starts and config.warm_start):
             return state, position, 0.0
-        params, opt_state, model_state = state
+        params, opt_state, model_state, key = state
         opt_state, seconds, compile_seconds = warm_start(
-            opt_state, problem, params, self.examples, config.batch_size, model_state
+            opt_state, problem, params, self.examples, config.batch_size, model_state, key
         )
         position = Position(0, 0, seconds, losses=[], history=position.history)
-        return TrainState(params, opt_state, model_state), position, compile_seconds
+        return TrainState(params, opt_state, model_state, key), position, compile_seconds
 
     def train(
         self, step: Callable[..., Any], state: TrainState, position: Position
