@@ -7,7 +7,6 @@ import jax.numpy as jnp
 
 from kfqn_optax import inverse
 from kfqn_optax import layers as layers_lib
-from kfqn_optax.layer_state import LayerState
 from kfqn_optax.layers import Layer
 from kfqn_optax.statistics import Statistics
 
@@ -48,7 +47,7 @@ def check_arguments(
 
 
 def check_state(
-    present: tuple[Layer, ...], held: Mapping[str, LayerState], gradients: dict[str, Any]
+    present: tuple[Layer, ...], held: Mapping[str, Any], gradients: dict[str, Any]
 ) -> None:
     """Refuses gradients whose layers are not those that the state has factors for."""
     layers_lib.check_layers(present, gradients)
@@ -73,7 +72,7 @@ def check_statistics(
     measured: Statistics,
     all_layers: bool,
     weights: dict[str, Any],
-    held: Mapping[str, LayerState],
+    held: Mapping[str, Any],
 ) -> None:
     """Refuses statistics that lack a layer, have one too many, or have other sizes.
 

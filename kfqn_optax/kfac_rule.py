@@ -6,6 +6,7 @@ model's own output distribution (`sampling`). Both are running averages, and bot
 """
 
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +22,7 @@ from kfqn_optax.statistics import LayerStatistics
 SPLITS = ("sqrt", "trace")
 
 
-def _asked(paths: Sequence[str]) -> dict[str, Sequence[str]]:
+def _asked(paths: Sequence[str]) -> dict[str, Any]:
     return {"moments": paths, "output_moments": paths}
 
 

@@ -309,9 +309,9 @@ def _inverses(
 def inverses_of_small(F: jax.Array, damping: jax.Array) -> jax.Array:
     """``(F + damping I)^-1`` of very many very small positive semidefinite matrices, [..., k, k].
 
-    By k symmetric sweeps, each over all matrices at once, without a call of LAPACK for each. In
-    exact arithmetic a pivot is at least the damping; where rounding says otherwise, it is set to
-    it.
+    By k symmetric sweeps, each over all matrices at once, without a call of LAPACK for each. No
+    entry of such an inverse is larger than 1 / damping; where rounding makes one that is (an F
+    whose scale dwarfs the damping), the inverse of the diagonal stands in.
     """
     k = F.shape[-1]
 
@@ -319,13 +319,15 @@ def inverses_of_small(F: jax.Array, damping: jax.Array) -> jax.Array:
         def sweep(i: int, S: jax.Array) -> jax.Array:
             at = jnp.arange(k) == i
             column = jax.lax.dynamic_index_in_dim(S, i, axis=-1, keepdims=False)
-            pivot = jnp.maximum(column[i], damping)
-            rest, unit = jnp.where(at, 0, column), at.astype(S.dtype)
+            pivot, rest, unit = column[i], jnp.where(at, 0, column), at.astype(S.dtype)
             inner = jnp.where(at[:, None] | at[None, :], 0, S - jnp.outer(rest, rest) / pivot)
             crossed = jnp.outer(rest, unit) + jnp.outer(unit, rest) - jnp.outer(unit, unit)
             return inner + crossed / pivot
 
-        return -jax.lax.fori_loop(0, k, sweep, matrix + damping * jnp.eye(k, dtype=F.dtype))
+        damped = matrix + damping * jnp.eye(k, dtype=F.dtype)
+        made = -jax.lax.fori_loop(0, k, sweep, damped)
+        usable = (jnp.max(jnp.abs(made)) * damping < 1.01) & (jnp.min(jnp.diag(made)) > 0)
+        return jnp.where(usable, made, jnp.diag(1 / jnp.diag(damped)))
 
     return jax.vmap(of_one)(F.reshape(-1, k, k)).reshape(F.shape)
 

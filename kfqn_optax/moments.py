@@ -22,13 +22,14 @@ class Moments(NamedTuple):
     """The two second moments of a layer on one batch.
 
     Attributes:
-        input: [d_in, d_in]; of an embedding's lookups its diagonal, [d_in].
-        output: [d_out, d_out].
+        input: [d_in, d_in]; of an embedding's lookups its diagonal, [d_in]; None if it was not
+            measured.
+        output: [d_out, d_out]; None likewise.
         rows: how many rows they are of; 0 if the batch did not reach the layer.
     """
 
-    input: jax.Array
-    output: jax.Array
+    input: Any
+    output: Any
     rows: jax.Array
 
 

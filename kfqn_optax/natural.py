@@ -59,7 +59,7 @@ class Rule(NamedTuple):
 
     name: str
     state: type[ScaleByKFACState]
-    asked: Callable[[Sequence[str]], dict[str, Sequence[str]]]
+    asked: Callable[[Sequence[str]], dict[str, Any]]
     moments: Callable[[LayerStatistics], Moments]
     lookups: bool
 

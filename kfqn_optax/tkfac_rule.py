@@ -31,13 +31,13 @@ class ScaleByTKFACState(ScaleByKFACState):
     __slots__ = ()
 
 
-def _asked(paths: Sequence[str]) -> dict[str, Sequence[str]]:
+def _asked(paths: Sequence[str]) -> dict[str, Any]:
     return {"moments": [], "joint_moments": paths}
 
 
 def _moments(measured: LayerStatistics) -> Moments:
-    joint: Any = measured.joint_moments or (None, None)
-    return Moments(*joint, measured.rows)
+    joint = measured.joint_moments
+    return Moments(joint and joint.input, joint and joint.output, measured.rows)
 
 
 RULE = Rule("TKFAC", ScaleByTKFACState, _asked, _moments, lookups=False)

@@ -75,12 +75,12 @@ class _Wanted(NamedTuple):
             over examples. Other layers' are A, perhaps, and the number of positions.
     """
 
-    asked: dict[str, list[str]]
+    asked: dict[str, Any]
     moments: dict[str, Callable[[LayerStatistics], moments.Moments]]
 
 
 def _wanted(states: list[Any]) -> _Wanted:
-    asked: dict[str, list[str]] = {"moments": []}
+    asked: dict[str, Any] = {"moments": []}
     of_layers = {}
     for state in states:
         rule = _RULES.get(type(state))

@@ -139,7 +139,7 @@ def test_a_room_imports_only_rooms_above_it():
             "options", "layers", "layer_state", "statistics", "packed", "pairs", "bfgs", "lbfgs",
             "inverse",
         },
-        "direction": {"options", "layers", "layer_state", "inverse"},
+        "direction": {"options", "layers", "inverse"},
         "moments": {"options", "layers", "layer_state", "bfgs", "inverse"},
         "sampling": set(),
         "natural": {

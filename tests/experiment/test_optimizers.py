@@ -71,7 +71,7 @@ OWN = {
     "tkfac": {"factor_decay": 0.13, "inverse_every": 19},
     "mbf": {"factor_decay": 0.13, "inverse_every": 19},
 }
-LACKING = dict.fromkeys(("kfac", "tkfac"), {"pair_decay", "powell"})
+LACKING = {name: {"pair_decay", "powell"} for name in ("kfac", "tkfac")}
 LACKING["mbf"] = {"pair_decay", "powell", "norm_constraint"}
 
 
