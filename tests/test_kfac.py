@@ -1,5 +1,6 @@
 """K-FAC and TKFAC against the authors' recordings and against explicit matrices."""
 
+import functools
 import json
 
 import jax
@@ -10,7 +11,7 @@ import pytest
 from conftest import SHARED
 from models import Mlp, loss_of, problem, relative
 from nets import NET, batch_of, embedding_layer, net_loss, rows_of
-from steps import matrices, random_like, types
+from steps import close, equal, matrices, random_like, types
 
 import kfqn_optax as kfqn
 from kfqn_optax.layers import named_leaves, to_matrix
@@ -258,3 +259,82 @@ def test_arguments_and_a_curvature_fn_that_measures_too_little():
     mbf = kfqn.scale_by_mbf(0.1)
     with pytest.raises(ValueError, match="state of MBF was made for other parameters"):
         mbf.update(params, mbf.init(problem(widths=(2, 3))[1]))
+
+
+# --- around a step --------------------------------------------------------------------------------
+
+
+def test_tkfac_warm_start_weighs_examples_alike_and_the_first_batch_enters(net):
+    params, layers = net
+    tx = kfqn.tkfac(0.1, 0.2, factor_decay=0.7, layers=layers)
+    batches = [batch_of(0, examples=2), batch_of(1, examples=4)]
+    state = kfqn.warm_start(tx.init(params), net_loss, params, batches)
+    total = [np.concatenate(both) for both in zip(*batches, strict=True)]
+    warm = {path: [tkfac_moments(a, g) for a, g in of_layer] for path, of_layer in
+            rows_of(params, *map(jnp.asarray, total)).items()}  # fmt: skip
+    layers_of = optax.tree.get(state, "layers")
+    for path, expected in warm.items():
+        for b, (Phi, Psi) in enumerate(expected):
+            assert relative(blocks(layers_of[path].input_moment)[b], Phi) < 1e-12
+            assert relative(blocks(layers_of[path].output_moment)[b], Psi) < 1e-12
+    # The inverses are made of it at once, also in a step without a batch.
+    _, after = jax.jit(functools.partial(tx.update, curvature_fn=None))(params, state, params)
+    first, second, front = damped_inverses("tkfac", *warm["params/out"][0], 0.2)
+    of_out = optax.tree.get(after, "layers")["params/out"]
+    product = np.kron(of_out.input, of_out.output)
+    assert relative(product, front * np.kron(first, second)) < 1e-11
+
+
+def test_without_a_batch_the_moments_stay_and_the_identity_too():
+    loss_fn, params, x, targets = problem()
+    tx = kfqn.scale_by_kfac(0.1, 0.2)
+    fn = kfqn.curvature_fn(loss_fn, params, x, targets)
+    start = tx.init(params)
+    updates, idle = tx.update(params, start, params, curvature_fn=None)
+    equal(updates, params)
+    equal(idle.layers, start.layers)
+    _, seen = tx.update(params, idle, params, curvature_fn=fn)
+    _, idle = tx.update(params, seen, params, curvature_fn=None)
+    equal(idle.layers, seen.layers)
+
+
+def test_a_batch_that_is_not_finite_leaves_its_layers_alone():
+    loss_fn, params, x, targets = problem()
+    tx = kfqn.scale_by_kfac(0.1, 0.2)
+    _, state = tx.update(
+        params, tx.init(params), params, curvature_fn=kfqn.curvature_fn(loss_fn, params, x, targets)
+    )
+    bad = kfqn.curvature_fn(loss_fn, params, x.at[0, 0].set(jnp.inf), targets)
+    _, after = tx.update(params, state, params, curvature_fn=bad)
+    equal(after.layers["params/Dense_0"], state.layers["params/Dense_0"])
+
+
+def test_norm_constraint_and_schedules():
+    """The squared length <M, P> lr^2 is the limit; damping follows its schedule."""
+    loss_fn, params, x, targets = problem()
+    fn = kfqn.curvature_fn(loss_fn, params, x, targets)
+    gradient = random_like(params)
+    free, _ = kfqn.scale_by_kfac(0.5, 0.2).update(
+        gradient, kfqn.scale_by_kfac(0.5, 0.2).init(params), params, curvature_fn=fn
+    )
+    tx = kfqn.scale_by_kfac(lambda count: 0.5, lambda count: 0.2, norm_constraint=1e-3)
+    limited, _ = tx.update(gradient, tx.init(params), params, curvature_fn=fn)
+    length = 0.25 * optax.tree.vdot(gradient, limited)
+    np.testing.assert_allclose(length, 1e-3, rtol=1e-9)
+    scale = np.sqrt(1e-3 / (0.25 * optax.tree.vdot(gradient, free)))
+    close(limited, jax.tree.map(lambda p: scale * p, free), rtol=1e-9)
+
+
+def test_the_summary_names_the_method_and_its_blocks(net):
+    params, layers = net
+    for tx, name, factors in (
+        (kfqn.kfac(0.1, layers=layers), "K-FAC", "13^2 and 4^2"),
+        (kfqn.tkfac(0.1, layers=layers), "TKFAC", "13^2 and 4^2"),
+        (kfqn.mbf(0.1, 0.1, layers=layers), "MBF", "8 of 6^2"),
+    ):
+        lines = kfqn.summary(tx.init(params), params).splitlines()
+        (line,) = (line for line in lines if line.startswith("params/conv/kernel"))
+        assert f"{name} " in line
+        assert f" {factors} " in line
+        (bias,) = (line for line in lines if line.startswith("params/conv/bias"))
+        assert ("fallback" in bias) == (name == "MBF")
