@@ -309,25 +309,27 @@ def _inverses(
 def inverses_of_small(F: jax.Array, damping: jax.Array) -> jax.Array:
     """``(F + damping I)^-1`` of very many very small positive semidefinite matrices, [..., k, k].
 
-    By k symmetric sweeps, each over all matrices at once, without a call of LAPACK for each. No
-    entry of such an inverse is larger than 1 / damping; where rounding makes one that is (an F
-    whose scale dwarfs the damping), the inverse of the diagonal stands in.
+    By k symmetric sweeps, each over all matrices at once, without a call of LAPACK for each. Where
+    a pivot is no more than rounding leaves of the largest (an F whose scale dwarfs the damping),
+    the inverse of the diagonal stands in.
     """
     k = F.shape[-1]
 
     def of_one(matrix: jax.Array) -> jax.Array:
-        def sweep(i: int, S: jax.Array) -> jax.Array:
+        def sweep(i: int, carry: tuple) -> tuple:
+            S, least = carry
             at = jnp.arange(k) == i
             column = jax.lax.dynamic_index_in_dim(S, i, axis=-1, keepdims=False)
             pivot, rest, unit = column[i], jnp.where(at, 0, column), at.astype(S.dtype)
             inner = jnp.where(at[:, None] | at[None, :], 0, S - jnp.outer(rest, rest) / pivot)
             crossed = jnp.outer(rest, unit) + jnp.outer(unit, rest) - jnp.outer(unit, unit)
-            return inner + crossed / pivot
+            return inner + crossed / pivot, jnp.minimum(least, pivot)
 
         damped = matrix + damping * jnp.eye(k, dtype=F.dtype)
-        made = -jax.lax.fori_loop(0, k, sweep, damped)
-        usable = (jnp.max(jnp.abs(made)) * damping < 1.01) & (jnp.min(jnp.diag(made)) > 0)
-        return jnp.where(usable, made, jnp.diag(1 / jnp.diag(damped)))
+        largest = jnp.max(jnp.diag(damped))
+        made, least = jax.lax.fori_loop(0, k, sweep, (damped, largest))
+        usable = least > 10 * k * jnp.finfo(F.dtype).eps * largest
+        return jnp.where(usable, -made, jnp.diag(1 / jnp.diag(damped)))
 
     return jax.vmap(of_one)(F.reshape(-1, k, k)).reshape(F.shape)
 

@@ -63,7 +63,7 @@ def summary(opt_state: Any, params: Any = None, layers: Iterable[Layer] | None =
         layer = held.get(path)
         shape, dtype = ("", "") if leaf is None else (str(jnp.shape(leaf)), str(leaf.dtype))
         kept = bytes_of(name)
-        if layer is not None and last in (*_KERNELS, "bias"):
+        if layer is not None and (last in _KERNELS or (last == "bias" and _has_bias(layer))):
             by, why = methods[path], f"{kinds.get(path, '')} layer".strip()
             if last in _KERNELS:
                 factors = _factors(layer)
@@ -123,6 +123,11 @@ def _bytes_by_name(state: Any, names: set[str]) -> Any:
         if owner is not None:
             sizes[owner] = sizes.get(owner, 0) + _nbytes(leaf)
     return lambda name: sizes.get(name, 0)
+
+
+def _has_bias(layer: Any) -> bool:
+    """Whether a bias next to the kernel is part of the layer: not to MBF's convolutions."""
+    return not isinstance(layer, MiniBlockState) or layer.moment.ndim == layer.momentum.ndim
 
 
 def _factors(layer: Any) -> str:

@@ -36,45 +36,41 @@ def batch_of(seed, examples=4):
     )
 
 
+SHAPES = {"conv": (1, 3, 3, 4), "groups": (1, 3, 3, 4), "wide": (1, 5), "out": (1, 3)}
+
+
+def _example_loss(zeros, params, x, t):
+    """The loss of one example, zeros added to the layers' outputs; the layers' inputs."""
+    p = params["params"]
+
+    def conv(x, name, groups, strides):
+        kernel, axes = p[name]["kernel"], ("NHWC", "HWIO", "NHWC")
+        return zeros[name] + jax.lax.conv_general_dilated(
+            x, kernel, strides, "SAME", dimension_numbers=axes, feature_group_count=groups
+        )
+
+    seen = {"conv": x[None]}
+    x = jnp.tanh(conv(seen["conv"], "conv", 1, (2, 2)) + p["conv"]["bias"].reshape(1, 1, 1, -1))
+    seen["groups"] = x
+    seen["wide"] = jnp.tanh(conv(x, "groups", 2, (1, 1))).reshape(1, -1)
+    wide, out = p["wide"], p["out"]
+    x = jnp.tanh(seen["wide"] @ wide["kernel"] + wide["bias"][None] + zeros["wide"])
+    seen["out"] = x
+    x = x @ out["kernel"] + out["bias"][None] + zeros["out"]
+    return 0.5 * jnp.sum((x - t[None]) ** 2), seen
+
+
+_of_each = jax.jit(jax.vmap(jax.grad(_example_loss, has_aux=True), in_axes=(None, None, 0, 0)))
+
+
 def rows_of(params, x, targets):
     """By layer, blocks of (a, g): rows [examples, positions, d], from one example after the other.
 
     The cotangents are gradients with respect to zeros added to the layers' outputs, the patches of
     the convolutions are cut out by hand.
     """
-    p = params["params"]
-
-    def outputs(zeros, x):
-        def conv(x, name, groups, strides):
-            return (
-                jax.lax.conv_general_dilated(
-                    x,
-                    p[name]["kernel"],
-                    strides,
-                    "SAME",
-                    dimension_numbers=("NHWC", "HWIO", "NHWC"),
-                    feature_group_count=groups,
-                )
-                + zeros[name]
-            )
-
-        seen = {"conv": x}
-        x = jnp.tanh(conv(x, "conv", 1, (2, 2)) + p["conv"]["bias"].reshape(1, 1, 1, -1))
-        seen["groups"] = x
-        x = jnp.tanh(conv(x, "groups", 2, (1, 1))).reshape(1, -1)
-        seen["wide"] = x
-        x = jnp.tanh(x @ p["wide"]["kernel"] + p["wide"]["bias"][None] + zeros["wide"])
-        seen["out"] = x
-        return x @ p["out"]["kernel"] + p["out"]["bias"][None] + zeros["out"], seen
-
-    def loss(zeros, x, t):
-        out, seen = outputs(zeros, x[None])
-        return 0.5 * jnp.sum((out - t[None]) ** 2), seen
-
-    shapes = {"conv": (1, 3, 3, 4), "groups": (1, 3, 3, 4), "wide": (1, 5), "out": (1, 3)}
-    zeros = {name: jnp.zeros(shape) for name, shape in shapes.items()}
-    of_each = jax.jit(jax.vmap(jax.grad(loss, has_aux=True), in_axes=(None, 0, 0)))
-    cotangents, seen = jax.tree.map(np.asarray, of_each(zeros, x, targets))
+    zeros = {name: jnp.zeros(shape) for name, shape in SHAPES.items()}
+    cotangents, seen = jax.tree.map(np.asarray, _of_each(zeros, params, x, targets))
 
     def patches(images, window, strides):
         n, _, height, width, _ = images.shape

@@ -211,8 +211,13 @@ def test_kfac_inverts_the_counts_of_an_embedding():
     loss_fn, params, tokens, layers = embedding_layer()
     tx = kfqn.scale_by_kfac(0.1, 0.04, layers=layers)
     gradient = random_like(params)
-    fn = kfqn.curvature_fn(loss_fn, params, tokens)
-    updates, _ = tx.update(gradient, tx.init(params), params, curvature_fn=fn)
+
+    @jax.jit
+    def update(state):
+        fn = kfqn.curvature_fn(loss_fn, params, tokens)
+        return tx.update(gradient, state, params, curvature_fn=fn)
+
+    updates, _ = update(tx.init(params))
     table = np.asarray(params["params"]["embedding"])
     g = 2 * table[np.asarray(tokens).ravel()]
     counts = np.bincount(np.asarray(tokens).ravel(), minlength=6) / 3
@@ -229,8 +234,8 @@ def test_an_embedding_is_refused_by_name():
             tx.init(params)
 
 
-def test_long_sides_are_refused_by_name():
-    _, params, *_ = problem()
+def test_long_sides_are_refused_by_name(small):
+    params = small[1]
     for tx in (
         kfqn.scale_by_kfac(0.1, max_factor_dim=5),
         kfqn.scale_by_tkfac(0.1, max_factor_dim=5),
@@ -242,32 +247,33 @@ def test_long_sides_are_refused_by_name():
             tx.init(params)
 
 
-def test_arguments_and_a_curvature_fn_that_measures_too_little():
+def test_arguments_and_a_curvature_fn_that_measures_too_little(small):
     with pytest.raises(ValueError, match="split must be one of sqrt, trace, got 'half'"):
         kfqn.kfac(0.1, split="half")
     with pytest.raises(ValueError, match="inverse_every must be a whole number"):
         kfqn.tkfac(0.1, inverse_every=0)
     with pytest.raises(ValueError, match="damping must be above 0"):
         kfqn.mbf(0.1, damping=0)
-    loss_fn, params, x, targets = problem()
+    update_of, params, batch, gradient = small
     tx = kfqn.scale_by_kfac(0.1)
-    fn = kfqn.curvature_fn(loss_fn, params, x, targets)
     with pytest.raises(TypeError, match="curvature_fn, which K-FAC needs for 'params/Dense_0'"):
-        tx.update(params, tx.init(params), params)
+        tx.update(gradient, tx.init(params), params)
+    measured = jax.eval_shape(lambda: kfqn.curvature_fn(problem()[0], params, *batch)(params))
     with pytest.raises(ValueError, match="did not measure .* layer 'params/Dense_0' that K-FAC"):
-        tx.update(params, tx.init(params), params, curvature_fn=lambda p, **_: fn(p))
+        tx.update(gradient, tx.init(params), params, curvature_fn=lambda p, **_: measured)
     mbf = kfqn.scale_by_mbf(0.1)
+    other = {"params": {"Dense_0": params["params"]["Dense_0"]}}
     with pytest.raises(ValueError, match="state of MBF was made for other parameters"):
-        mbf.update(params, mbf.init(problem(widths=(2, 3))[1]))
+        mbf.update(gradient, mbf.init(other))
 
 
 # --- around a step --------------------------------------------------------------------------------
 
 
-def test_tkfac_warm_start_weighs_examples_alike_and_the_first_batch_enters(net):
+def test_warm_start_of_tkfac(net):
     params, layers = net
     tx = kfqn.tkfac(0.1, 0.2, factor_decay=0.7, layers=layers)
-    batches = [batch_of(0, examples=2), batch_of(1, examples=4)]
+    batches = [batch_of(0, examples=2), batch_of(1, examples=2)]
     state = kfqn.warm_start(tx.init(params), net_loss, params, batches)
     total = [np.concatenate(both) for both in zip(*batches, strict=True)]
     warm = {path: [tkfac_moments(a, g) for a, g in of_layer] for path, of_layer in
@@ -285,44 +291,49 @@ def test_tkfac_warm_start_weighs_examples_alike_and_the_first_batch_enters(net):
     assert relative(product, front * np.kron(first, second)) < 1e-11
 
 
-def test_without_a_batch_the_moments_stay_and_the_identity_too():
-    loss_fn, params, x, targets = problem()
+@pytest.fixture(scope="module")
+def small():
+    """A function from a transformation to its jitted update, and parameters, batch, gradient."""
+    loss_fn, params, *batch = problem()
+
+    def update_of(tx):
+        return jax.jit(
+            lambda gradient, state, *batch: tx.update(
+                gradient,
+                state,
+                params,
+                curvature_fn=kfqn.curvature_fn(loss_fn, params, *batch) if batch else None,
+            )
+        )
+
+    return update_of, params, batch, random_like(params)
+
+
+def test_when_the_moments_stay_as_they_are(small):
+    """Without a batch, and with one that is not finite; the identity stays too."""
+    update_of, params, (x, targets), gradient = small
     tx = kfqn.scale_by_kfac(0.1, 0.2)
-    fn = kfqn.curvature_fn(loss_fn, params, x, targets)
-    start = tx.init(params)
-    updates, idle = tx.update(params, start, params, curvature_fn=None)
-    equal(updates, params)
+    update, start = update_of(tx), tx.init(params)
+    updates, idle = update(gradient, start)
+    equal(updates, gradient)
     equal(idle.layers, start.layers)
-    _, seen = tx.update(params, idle, params, curvature_fn=fn)
-    _, idle = tx.update(params, seen, params, curvature_fn=None)
+    _, seen = update(gradient, idle, x, targets)
+    _, idle = update(gradient, seen)
     equal(idle.layers, seen.layers)
+    _, after = update(gradient, seen, x.at[0, 0].set(jnp.inf), targets)
+    equal(after.layers["params/Dense_0"], seen.layers["params/Dense_0"])
 
 
-def test_a_batch_that_is_not_finite_leaves_its_layers_alone():
-    loss_fn, params, x, targets = problem()
-    tx = kfqn.scale_by_kfac(0.1, 0.2)
-    _, state = tx.update(
-        params, tx.init(params), params, curvature_fn=kfqn.curvature_fn(loss_fn, params, x, targets)
-    )
-    bad = kfqn.curvature_fn(loss_fn, params, x.at[0, 0].set(jnp.inf), targets)
-    _, after = tx.update(params, state, params, curvature_fn=bad)
-    equal(after.layers["params/Dense_0"], state.layers["params/Dense_0"])
-
-
-def test_norm_constraint_and_schedules():
-    """The squared length <M, P> lr^2 is the limit; damping follows its schedule."""
-    loss_fn, params, x, targets = problem()
-    fn = kfqn.curvature_fn(loss_fn, params, x, targets)
-    gradient = random_like(params)
-    free, _ = kfqn.scale_by_kfac(0.5, 0.2).update(
-        gradient, kfqn.scale_by_kfac(0.5, 0.2).init(params), params, curvature_fn=fn
-    )
+def test_norm_constraint_and_schedules(small):
+    """P is scaled down until alpha^2 <P, H^-1 P> is the limit; numbers may be schedules."""
+    update_of, params, batch, gradient = small
+    tx = kfqn.scale_by_kfac(0.5, 0.2)
+    free, _ = update_of(tx)(gradient, tx.init(params), *batch)
     tx = kfqn.scale_by_kfac(lambda count: 0.5, lambda count: 0.2, norm_constraint=1e-3)
-    limited, _ = tx.update(gradient, tx.init(params), params, curvature_fn=fn)
-    length = 0.25 * optax.tree.vdot(gradient, limited)
-    np.testing.assert_allclose(length, 1e-3, rtol=1e-9)
-    scale = np.sqrt(1e-3 / (0.25 * optax.tree.vdot(gradient, free)))
-    close(limited, jax.tree.map(lambda p: scale * p, free), rtol=1e-9)
+    limited, _ = update_of(tx)(gradient, tx.init(params), *batch)
+    squared = 0.25 * optax.tree.vdot(gradient, free)
+    assert squared > 1e-3
+    close(limited, jax.tree.map(lambda p: np.sqrt(1e-3 / squared) * p, free), rtol=1e-9)
 
 
 def test_the_summary_names_the_method_and_its_blocks(net):
