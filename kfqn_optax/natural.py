@@ -144,6 +144,12 @@ def natural_gradient(
         present = layers_present(given, gradients)
         checks.check_state(present, state.layers, gradients)
         if not present:
+            if callable(curvature_fn) and params is not None:
+                # Nothing to learn; but other parameters than curvature_fn's are a mistake.
+                seen = jax.eval_shape(lambda p: curvature_fn(p, **rule.asked([])), params)
+                checks.check_statistics(
+                    present, seen, given is None, named_leaves(params), state.layers
+                )
             return updates, rule.state(count, state.layers)
         checks.check_arguments(params, curvature_fn, present, rule.name)
         root = jnp.sqrt(jnp.asarray(value_at(settings.damping, state.count)))
