@@ -37,7 +37,9 @@ from kfqn_optax.experiment.steps import (
     compile_step,
     count,
     epoch_batches,
+    initial_state,
     make_evaluate,
+    place,
     take,
     warm_start,
 )
@@ -87,8 +89,9 @@ def train(config: Config, workdir: str | os.PathLike, dataset: Any = None) -> li
     optimizer = make_optimizer(
         config, lambda: problem.layers(params, take(examples, slice(2)), model_state)
     )
-    opt_state = optimizer.transformation.init(params)
-    state = TrainState(params, devices.place(opt_state), model_state)
+    state = initial_state(optimizer, params, model_state, config.seed)
+    table = kfqn.summary(state.opt_state, params) if optimizer.takes_curvature else ""
+    state = place(state, devices)
     measure = make_evaluate(
         problem,
         examples,
@@ -126,7 +129,7 @@ def train(config: Config, workdir: str | os.PathLike, dataset: Any = None) -> li
             devices,
             examples,
             steps,
-            optimizer.takes_curvature,
+            optimizer.learns_pairs,
             measure,
             recorder,
             display,
@@ -136,9 +139,7 @@ def train(config: Config, workdir: str | os.PathLike, dataset: Any = None) -> li
 
         display.say(_opening(config, problem, dataset, facts))
         if optimizer.takes_curvature:
-            summary = kfqn.summary(opt_state, params)
-            recorder.text("summary.txt", str(summary).rstrip() + "\n")
-        del opt_state
+            recorder.text("summary.txt", table.rstrip() + "\n")
         compile_seconds = 0.0
         if found:
             state, position = found
@@ -146,11 +147,7 @@ def train(config: Config, workdir: str | os.PathLike, dataset: Any = None) -> li
             display.say(f"going on from step {step}, after {position.seconds:.1f} s of training")
         else:
             state, position, compile_seconds = run.begin(problem, optimizer, state)
-        state = TrainState(
-            devices.everywhere(state.params),
-            devices.place(state.opt_state),
-            devices.everywhere(state.model_state),
-        )
+        state = place(state, devices)
         start = time.perf_counter()
         compiled = compile_step(problem, optimizer, config, state, examples, devices)
         compile_seconds += time.perf_counter() - start
@@ -172,7 +169,7 @@ class _Run:
     devices: Devices
     examples: Batch
     steps: int
-    takes_curvature: bool
+    learns_pairs: bool
     measure: Callable[..., dict[str, float]]
     recorder: Recorder
     display: Display
@@ -191,7 +188,7 @@ class _Run:
         position = self.measured(0, state, Position(0, 0, seconds=0.0, losses=[], history=[]))
         if not (optimizer.warm_starts and config.warm_start):
             return state, position, 0.0
-        params, opt_state, model_state = state
+        params, opt_state, model_state, key = state
         opt_state, seconds, compile_seconds = warm_start(
             opt_state,
             problem,
@@ -201,9 +198,10 @@ class _Run:
             model_state,
             config.microbatches,
             self.devices,
+            key,
         )
         position = Position(0, 0, seconds, losses=[], history=position.history)
-        return TrainState(params, opt_state, model_state), position, compile_seconds
+        return TrainState(params, opt_state, model_state, key), position, compile_seconds
 
     def train(
         self, step: Callable[..., Any], state: TrainState, position: Position
@@ -248,7 +246,7 @@ class _Run:
         metrics = {"epoch": epoch, "step": epoch * self.steps, "seconds": position.seconds}
         metrics |= self.measure(state.params, state.model_state)
         refuse_non_finite(metrics, position.history)
-        if self.takes_curvature:
+        if self.learns_pairs:
             totals = kfqn.health(state.opt_state).totals()
             metrics |= {name: totals[name.removeprefix("pairs_")] for name in PAIRS}
         self.recorder.epoch(metrics, position.losses)
