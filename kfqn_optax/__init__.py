@@ -6,8 +6,9 @@ from kfqn_optax.health import Health, LayerHealth, health
 from kfqn_optax.kfac_rule import kfac, scale_by_kfac
 from kfqn_optax.layer_state import LayerState
 from kfqn_optax.layers import Layer
+from kfqn_optax.mbf_rule import ScaleByMBFState, mbf, scale_by_mbf
 from kfqn_optax.methods import scale_by_kbfgs, scale_by_kbfgs_l, scale_by_kfqn
-from kfqn_optax.mini_block import MiniBlockState, ScaleByMBFState, mbf, scale_by_mbf
+from kfqn_optax.mini_block import MiniBlockState
 from kfqn_optax.moments import MomentState
 from kfqn_optax.natural import ScaleByKFACState
 from kfqn_optax.nnx import find_nnx_layers, nnx_curvature_fn

@@ -11,7 +11,8 @@ import optax
 from kfqn_optax import inverse
 from kfqn_optax.layer_state import LayerState
 from kfqn_optax.layers import Layer, join, named_leaves, path_name
-from kfqn_optax.mini_block import MiniBlockState, ScaleByMBFState
+from kfqn_optax.mbf_rule import ScaleByMBFState
+from kfqn_optax.mini_block import MiniBlockState
 from kfqn_optax.natural import ScaleByKFACState
 from kfqn_optax.optimizer import FALLBACK, MomentumState
 from kfqn_optax.tkfac_rule import ScaleByTKFACState

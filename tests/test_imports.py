@@ -90,7 +90,7 @@ def test_only_the_outer_rooms_know_flax_or_optax():
     optax_rooms = {room for room, hosts in rooms.items() if "optax" in hosts}
     assert optax_rooms <= {
         "transform", "methods", "optimizer", "sharding", "summary", "train_state", "natural",
-        "kfac_rule", "tkfac_rule", "mini_block",
+        "kfac_rule", "tkfac_rule", "mbf_rule",
     }  # fmt: skip
     assert rooms["capture"] == {"flax"}  # the test can see
     assert rooms["transform"] == {"optax"}
@@ -155,8 +155,9 @@ def test_a_room_imports_only_rooms_above_it():
         "tkfac_rule": {
             "layers", "moments", "natural", "optimizer", "options", "statistics",
         },
-        "mini_block": {
-            "checks", "inverse", "layers", "optimizer", "options", "statistics", "transform",
+        "mini_block": {"inverse", "layers", "options"},
+        "mbf_rule": {
+            "checks", "layers", "mini_block", "optimizer", "options", "statistics", "transform",
         },
     }  # fmt: skip
     for room, allowed in table.items():
