@@ -21,9 +21,9 @@ def init(d: int, dtype: jnp.dtype) -> jax.Array:
 def inverse(A: jax.Array, damping: jax.Array) -> jax.Array:
     """``(A + damping I)^-1`` for a positive semidefinite A, [d, d].
 
-    Needed once, before the first step. By Cholesky; symmetric to the last bit. Where rounding makes
-    that fail (an A whose scale dwarfs the damping), the inverse of the diagonal stands in: a factor
-    must be finite and positive definite whatever the data.
+    Needed once, before the first step; by K-FAC and its kin now and then. By Cholesky; symmetric to
+    the last bit. Where rounding makes that fail (an A whose scale dwarfs the damping), the inverse
+    of the diagonal stands in: a factor must be finite and positive definite whatever the data.
     """
     d = A.shape[-1]
     damped = A + damping * jnp.eye(d, dtype=A.dtype)

@@ -50,10 +50,12 @@ def curvature_fn(loss_fn: LossFn, params: Any, /, *args: Any, **kwargs: Any) -> 
         **kwargs: the same, by name.
 
     Returns:
-        A function ``(params, *, moments=None, vectors=None) -> Statistics`` which measures at any
-        parameters of the same structure. ``moments`` holds the paths of the layers whose second
-        moments are wanted, None for all; ``vectors`` gives by layer path a vector v, [*blocks,
-        d_in], and A v is measured without forming A. Holes that ``optax.masked`` or
+        A function ``(params, *, moments=None, vectors=None, output_moments=(), joint_moments=()) ->
+        Statistics`` which measures at any parameters of the same structure. ``moments`` holds the
+        paths of the layers whose second moments are wanted, None for all; ``vectors`` gives by
+        layer path a vector v, [*blocks, d_in], and A v is measured without forming A;
+        ``output_moments`` and ``joint_moments`` hold the paths of layers for which `kfac` and
+        `tkfac` want more. Holes that ``optax.masked`` or
         ``optax.partition`` left in its argument are filled from ``params``. It is a pytree (a
         ``jax.tree_util.Partial``) and may be an argument of a jitted function.
 
@@ -163,6 +165,8 @@ class _Measure:
         *,
         moments: Collection[str] | None = None,
         vectors: Mapping[str, jax.Array] | None = None,
+        output_moments: Collection[str] = (),
+        joint_moments: Collection[str] = (),
     ) -> Statistics:
         """The statistics at ``params``; ``full`` fills the holes in it."""
         params = layers_lib.fill_holes(full, params)
@@ -182,7 +186,16 @@ class _Measure:
                 result = self.loss_fn(_insert(params, entries), *args, **kwargs)
             return loss.scalar(self.loss_fn, result)
 
-        return measure(run, self.seen, self.loss_fn, params, moments, vectors)
+        return measure(
+            run,
+            self.seen,
+            self.loss_fn,
+            params,
+            moments,
+            vectors,
+            output_moments,
+            joint_moments,
+        )
 
 
 # --- shared -------------------------------------------------------------------------------------

@@ -7,7 +7,6 @@ import jax.numpy as jnp
 
 from kfqn_optax import inverse
 from kfqn_optax import layers as layers_lib
-from kfqn_optax.layer_state import LayerState
 from kfqn_optax.layers import Layer
 from kfqn_optax.statistics import Statistics
 
@@ -24,17 +23,19 @@ def check_real(leaves: Mapping[str, Any]) -> None:
             )
 
 
-def check_arguments(params: Any, curvature_fn: Any, present: tuple[Layer, ...]) -> None:
+def check_arguments(
+    params: Any, curvature_fn: Any, present: tuple[Layer, ...], method: str = "K-BFGS"
+) -> None:
     """Refuses an update of layers without parameters or without a usable ``curvature_fn``."""
     names = layers_lib.some(layer.path for layer in present)
     if params is None:
         raise ValueError(
-            f"K-BFGS needs the parameters to precondition {names}: call "
+            f"{method} needs the parameters to precondition {names}: call "
             "tx.update(grads, state, params, curvature_fn=...)."
         )
     if curvature_fn is MISSING:
         raise TypeError(
-            "update() is missing the keyword argument curvature_fn, which K-BFGS needs for "
+            f"update() is missing the keyword argument curvature_fn, which {method} needs for "
             f"{names}: pass curvature_fn=kfqn_optax.curvature_fn(loss_fn, params, *args) with the "
             "arguments of the gradient, or curvature_fn=None to keep the factors in this step."
         )
@@ -46,7 +47,7 @@ def check_arguments(params: Any, curvature_fn: Any, present: tuple[Layer, ...]) 
 
 
 def check_state(
-    present: tuple[Layer, ...], held: Mapping[str, LayerState], gradients: dict[str, Any]
+    present: tuple[Layer, ...], held: Mapping[str, Any], gradients: dict[str, Any]
 ) -> None:
     """Refuses gradients whose layers are not those that the state has factors for."""
     layers_lib.check_layers(present, gradients)
@@ -71,7 +72,7 @@ def check_statistics(
     measured: Statistics,
     all_layers: bool,
     weights: dict[str, Any],
-    held: Mapping[str, LayerState],
+    held: Mapping[str, Any],
 ) -> None:
     """Refuses statistics that lack a layer, have one too many, or have other sizes.
 

@@ -25,8 +25,8 @@ class Sums(NamedTuple):
     Attributes:
         loss: times ``weight``.
         weight: the number of examples, scalar.
-        layers: by layer path, as `LayerStatistics`: second moments and products times the examples,
-            means times the rows, the noise times the rows and squared.
+        layers: by layer path, as `LayerStatistics`: means over examples times the examples, means
+            over rows times the rows, the noise times the rows and squared.
     """
 
     loss: jax.Array
@@ -44,6 +44,8 @@ def sums(statistics: Statistics) -> Sums:
             input_mean=_times(s.input_mean, s.rows),
             cotangent_mean=_times(s.cotangent_mean, s.rows),
             cotangent_noise=(s.cotangent_noise * s.rows) ** 2,
+            output_moment=_times(s.output_moment, s.rows),
+            joint_moments=_times(s.joint_moments, s.examples),
         )
 
     dtype = jnp.promote_types(statistics.loss.dtype, jnp.float32)
@@ -68,6 +70,8 @@ def means(total: Sums) -> Statistics:
             input_mean=_times(s.input_mean, per_row),
             cotangent_mean=_times(s.cotangent_mean, per_row),
             cotangent_noise=jnp.sqrt(s.cotangent_noise) * per_row,
+            output_moment=_times(s.output_moment, per_row),
+            joint_moments=_times(s.joint_moments, per_example),
         )
 
     return Statistics(
@@ -76,11 +80,12 @@ def means(total: Sums) -> Statistics:
     )
 
 
-def _times(array: Any, numbers: jax.Array) -> Any:
-    """An array [*blocks, ...], or None, times numbers [*blocks]."""
-    if array is None:
-        return None
-    return array * numbers.reshape(numbers.shape + (1,) * (array.ndim - numbers.ndim))
+def _times(arrays: Any, numbers: jax.Array) -> Any:
+    """A tree of arrays [*blocks, ...], or None, times numbers [*blocks]."""
+    return jax.tree.map(
+        lambda array: array * numbers.reshape(numbers.shape + (1,) * (array.ndim - numbers.ndim)),
+        arrays,
+    )
 
 
 # --- devices --------------------------------------------------------------------------------------

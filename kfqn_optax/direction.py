@@ -1,6 +1,7 @@
 """From gradients and factors to the preconditioned gradients, layer by layer."""
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -8,14 +9,13 @@ import jax.numpy as jnp
 from kfqn_optax import inverse
 from kfqn_optax import layers as layers_lib
 from kfqn_optax.inverse import Factor
-from kfqn_optax.layer_state import LayerState
 from kfqn_optax.layers import Layer
 from kfqn_optax.options import Number
 
 
 def precondition(
     layers: Sequence[Layer],
-    states: Mapping[str, LayerState],
+    states: Mapping[str, Any],
     gradients: Mapping[str, jax.Array],
     learning_rate: Number,
     limit: Number | None,
@@ -32,7 +32,7 @@ def precondition(
 
     Args:
         layers: which layers.
-        states: their factors, by layer path.
+        states: their factors by layer path, `input` and `output` of each state.
         gradients: M by parameter path; each layer's kernel and bias are read.
         learning_rate: alpha.
         limit: of the squared length, above 0; None for no limit.

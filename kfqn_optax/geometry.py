@@ -55,18 +55,7 @@ class Geometry(abc.ABC):
 
     def moment(self, inputs: jax.Array, dtype: Any) -> jax.Array:
         """Sum of x x^T, [d, d] or [G, d, d]."""
-        rows = self.input_rows(inputs, dtype)
-        if rows.shape[-1] < _WIDE:
-            return _inner(rows, rows)
-        left, right = jnp.split(rows, [rows.shape[-1] // 2], axis=-1)
-        corner = _inner(left, right)
-        return jnp.concatenate(
-            [
-                jnp.concatenate([_inner(left, left), corner], axis=-1),
-                jnp.concatenate([corner.swapaxes(-1, -2), _inner(right, right)], axis=-1),
-            ],
-            axis=-2,
-        )
+        return second_moment(self.input_rows(inputs, dtype))
 
     def product(self, inputs: jax.Array, vector: jax.Array, dtype: Any) -> jax.Array:
         """Sum of x (x . v), which is `moment` times v, for a vector v, [d] or [G, d]."""
@@ -274,6 +263,29 @@ class Lookup(Geometry):
         if indices.dtype.itemsize < 4:  # an int8 cannot hold the size of a large table
             indices = indices.astype(jnp.int32)
         return jnp.zeros_like(indices) if self.size == 1 else indices
+
+
+def second_moment(rows: jax.Array, weights: jax.Array | None = None) -> jax.Array:
+    """Sum over rows of x x^T, [d, d] or [G, d, d].
+
+    Args:
+        rows: [N, d] or [N, G, d].
+        weights: each row's x x^T is multiplied by the squared length of this one's row, [N, k] or
+            [N, G, k].
+    """
+    weighted = rows if weights is None else rows * jnp.sum(weights**2, axis=-1, keepdims=True)
+    if rows.shape[-1] < _WIDE:
+        return _inner(weighted, rows)
+    left, right = jnp.split(rows, [rows.shape[-1] // 2], axis=-1)
+    of_left, of_right = jnp.split(weighted, [rows.shape[-1] // 2], axis=-1)
+    corner = _inner(of_left, right)
+    return jnp.concatenate(
+        [
+            jnp.concatenate([_inner(of_left, left), corner], axis=-1),
+            jnp.concatenate([corner.swapaxes(-1, -2), _inner(of_right, right)], axis=-1),
+        ],
+        axis=-2,
+    )
 
 
 def _inner(left: jax.Array, right: jax.Array) -> jax.Array:

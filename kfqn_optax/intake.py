@@ -9,8 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from kfqn_optax import bfgs
-from kfqn_optax.inverse import Diagonal
+from kfqn_optax.inverse import Diagonal, Remake, remake
 from kfqn_optax.layer_state import EMPTY, RUNNING, WARM, LayerState
 from kfqn_optax.layers import Layer
 from kfqn_optax.options import Number, Options, dampings, is_damping
@@ -131,9 +130,6 @@ def start(
 
     A layer whose A or damping is of no use does not start, and the next step tries again.
 
-    Layers of similar sizes share one compiled inverse (`_share`), which takes them in turn: on a
-    CPU, batched calls of LAPACK side by side in one program can wait for each other forever.
-
     Args:
         layers: whose states they are.
         states: as the previous step left them.
@@ -147,7 +143,7 @@ def start(
     """
     inputs = {layer.path: states[layer.path].input for layer in layers}
     stages: dict[str, jax.Array] = {}
-    dense: dict[Any, dict[str, tuple[jax.Array, ...]]] = {}
+    dense: dict[str, Remake] = {}
     for layer in layers:
         path, held = layer.path, inputs[layer.path]
         damping, _ = dampings(options, root, begun[path].positions)
@@ -162,64 +158,8 @@ def start(
                 A, usable = layer.over_blocks(_unstored)(was, held, moments.get(path, held))
                 stages[path] = jnp.where(first & ~usable, was, begun[path].stage)
                 first &= usable
-            d = held.shape[-1]
-            row = first.reshape(-1), damping.reshape(-1), A.reshape(-1, d, d)
-            dense.setdefault(held.dtype, {})[path] = row
-    for rows in dense.values():
-        for group in _share({path: (len(A), A.shape[-1]) for path, (_, _, A) in rows.items()}):
-            made = _inverses({path: rows[path] for path in group})
-            for path, H in made.items():
-                wanted, _, _ = rows[path]
-                held = inputs[path].reshape(H.shape)
-                inputs[path] = jnp.where(wanted[:, None, None], H, held).reshape(inputs[path].shape)
-    return inputs, stages
-
-
-def _share(shapes: Mapping[str, tuple[int, int]]) -> list[list[str]]:
-    """Which layers' matrices are padded to the largest of them, to be inverted by one program.
-
-    A compiled inverse takes about as long to make as a hundred to run, so few are wanted; but what
-    the padding adds must stay within three times what the inverses themselves take.
-
-    Args:
-        shapes: number of matrices and their size d, by layer path.
-    """
-    groups: list[list[str]] = []
-    largest = own = padded = 0
-    for path in sorted(shapes, key=lambda path: -shapes[path][1]):
-        count, d = shapes[path]
-        own, padded = own + count * d**3, padded + count * largest**3
-        if not groups or padded > 4 * own:
-            groups.append([])
-            largest, own, padded = d, count * d**3, count * d**3
-        groups[-1].append(path)
-    return groups
-
-
-def _inverses(rows: Mapping[str, tuple[jax.Array, ...]]) -> dict[str, jax.Array]:
-    """``(A + damping I)^-1`` of every matrix that is wanted, in turn; by layer path.
-
-    Args:
-        rows: whether it is wanted, [n]; damping, [n]; A, [n, d, d].
-    """
-    largest = max(A.shape[-1] for _, _, A in rows.values())
-
-    def pad(A: jax.Array) -> jax.Array:
-        more = largest - A.shape[-1]
-        return jnp.pad(A, ((0, 0), (0, more), (0, more)))
-
-    def of_one(row: tuple) -> jax.Array:
-        wanted, damping, A = row
-        return jax.lax.cond(wanted, lambda: bfgs.inverse(A, damping).astype(A.dtype), lambda: A)
-
-    stacked = [(wanted, damping, pad(A)) for wanted, damping, A in rows.values()]
-    made = jax.lax.map(of_one, jax.tree.map(lambda *x: jnp.concatenate(x), *stacked))
-    inverses, at = {}, 0
-    for path, (wanted, _, A) in rows.items():
-        d = A.shape[-1]
-        inverses[path] = made[at : at + len(wanted), :d, :d]
-        at += len(wanted)
-    return inverses
+            dense[path] = Remake(first, damping, A, held)
+    return inputs | remake(dense), stages
 
 
 def _unstored(stage: jax.Array, held: jax.Array, batch: jax.Array) -> tuple[jax.Array, jax.Array]:

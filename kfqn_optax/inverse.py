@@ -5,9 +5,11 @@ for the input side of an embedding: its one-hot inputs have a diagonal second mo
 can simply be written down. What a state holds tells which it is.
 """
 
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 
 from kfqn_optax import bfgs, lbfgs
 from kfqn_optax.lbfgs import Memory
@@ -40,6 +42,90 @@ def apply_to_rows(H: Factor, vectors: jax.Array) -> jax.Array:
     if isinstance(H, Memory):
         return lbfgs.apply_to_rows(H, vectors)
     return bfgs.apply_to_rows(H, vectors)
+
+
+class Remake(NamedTuple):
+    """A dense factor that may be made anew from a second moment.
+
+    Attributes:
+        wanted: whether it is, [*blocks].
+        damping: added to the diagonal of the moment, [*blocks].
+        moment: A, [*blocks, d, d].
+        held: the factor as it is, [*blocks, d, d].
+    """
+
+    wanted: jax.Array
+    damping: jax.Array
+    moment: jax.Array
+    held: jax.Array
+
+
+def remake(factors: Mapping[Any, Remake]) -> dict[Any, jax.Array]:
+    """``(A + damping I)^-1`` where it is wanted, and the factors held elsewhere, by key.
+
+    Factors of similar sizes share one compiled inverse (`_share`), which takes them in turn: on a
+    CPU, batched calls of LAPACK side by side in one program can wait for each other forever.
+    """
+    alike: dict[Any, dict[Any, Remake]] = {}
+    for key, (wanted, damping, A, held) in factors.items():
+        d = held.shape[-1]
+        row = Remake(
+            wanted.reshape(-1), damping.reshape(-1), A.reshape(-1, d, d), held.reshape(-1, d, d)
+        )
+        alike.setdefault(held.dtype, {})[key] = row
+    results = {}
+    for rows in alike.values():
+        for group in _share(
+            {key: (len(row.held), row.held.shape[-1]) for key, row in rows.items()}
+        ):
+            for key, H in _inverses({key: rows[key] for key in group}).items():
+                wanted, _, _, held = rows[key]
+                made = jnp.where(wanted[:, None, None], H, held)
+                results[key] = made.reshape(factors[key].held.shape)
+    return results
+
+
+def _share(shapes: Mapping[Any, tuple[int, int]]) -> list[list[Any]]:
+    """Which factors' matrices are padded to the largest of them, to be inverted by one program.
+
+    A compiled inverse takes about as long to make as a hundred to run, so few are wanted; but what
+    the padding adds must stay within three times what the inverses themselves take.
+
+    Args:
+        shapes: number of matrices and their size d, by key.
+    """
+    groups: list[list[Any]] = []
+    largest = own = padded = 0
+    for key in sorted(shapes, key=lambda key: -shapes[key][1]):
+        count, d = shapes[key]
+        own, padded = own + count * d**3, padded + count * largest**3
+        if not groups or padded > 4 * own:
+            groups.append([])
+            largest, own, padded = d, count * d**3, count * d**3
+        groups[-1].append(key)
+    return groups
+
+
+def _inverses(rows: Mapping[Any, Remake]) -> dict[Any, jax.Array]:
+    """``(A + damping I)^-1`` of every matrix that is wanted, in turn, [n, d, d]; by key."""
+    largest = max(row.held.shape[-1] for row in rows.values())
+
+    def pad(A: jax.Array) -> jax.Array:
+        more = largest - A.shape[-1]
+        return jnp.pad(A, ((0, 0), (0, more), (0, more)))
+
+    def of_one(row: tuple) -> jax.Array:
+        wanted, damping, A = row
+        return jax.lax.cond(wanted, lambda: bfgs.inverse(A, damping).astype(A.dtype), lambda: A)
+
+    stacked = [(wanted, damping, pad(A)) for wanted, damping, A, _ in rows.values()]
+    made = jax.lax.map(of_one, jax.tree.map(lambda *x: jnp.concatenate(x), *stacked))
+    inverses, at = {}, 0
+    for key, row in rows.items():
+        count, d, _ = row.held.shape
+        inverses[key] = made[at : at + count, :d, :d]
+        at += count
+    return inverses
 
 
 def size(H: Factor) -> int:

@@ -84,6 +84,8 @@ def nnx_curvature_fn(
         *,
         moments: Collection[str] | None = None,
         vectors: Mapping[str, jax.Array] | None = None,
+        output_moments: Collection[str] = (),
+        joint_moments: Collection[str] = (),
     ) -> Statistics:
         def run(entries: dict[str, dict[str, jax.Array]]) -> jax.Array:
             copy = nnx.merge(graph, fill_holes(full, params), rest, copy=True)
@@ -97,7 +99,7 @@ def nnx_curvature_fn(
             args, kwargs = arguments()
             return loss.scalar(loss_fn, loss_fn(copy, *args, **kwargs))
 
-        return measure(run, seen, loss_fn, params, moments, vectors)
+        return measure(run, seen, loss_fn, params, moments, vectors, output_moments, joint_moments)
 
     return measure_at
 

@@ -119,7 +119,7 @@ def kbfgs(
         max_factor_dim=max_factor_dim,
         layers=layers,
     )
-    return _whole(scale, learning_rate, momentum, weight_decay, layers, fallback)
+    return whole(scale, learning_rate, momentum, weight_decay, layers, fallback)
 
 
 def kbfgs_l(
@@ -179,7 +179,7 @@ def kbfgs_l(
         max_factor_dim=max_factor_dim,
         layers=layers,
     )
-    return _whole(scale, learning_rate, momentum, weight_decay, layers, fallback)
+    return whole(scale, learning_rate, momentum, weight_decay, layers, fallback)
 
 
 def kfqn(
@@ -238,25 +238,29 @@ def kfqn(
         max_factor_dim=max_factor_dim,
         layers=layers,
     )
-    return _whole(scale, learning_rate, momentum, weight_decay, layers, fallback)
+    return whole(scale, learning_rate, momentum, weight_decay, layers, fallback)
 
 
-def _whole(
+def whole(
     scale: optax.GradientTransformation,
     learning_rate: ScalarOrSchedule,
-    momentum: Number,
+    momentum: Number | None,
     weight_decay: Number,
     layers: Iterable[Layer] | None,
     fallback: optax.GradientTransformation | None,
 ) -> optax.GradientTransformationExtraArgs:
-    """Weight decay, momentum, ``scale`` and the learning rate for the layers; a fallback beside."""
-    check_decay("momentum", momentum)
+    """Weight decay, momentum, ``scale`` and the learning rate for the layers; a fallback beside.
+
+    Without a momentum (None) ``scale`` is given the gradient.
+    """
+    if momentum is not None:
+        check_decay("momentum", momentum)
     check("weight_decay", weight_decay, lambda v: v >= 0, "at least 0")
     given = layers_lib.as_layers(layers)
     no_decay = isinstance(weight_decay, (int, float)) and weight_decay == 0
     chosen = optax.chain(
         optax.identity() if no_decay else optax.add_decayed_weights(cast(Any, weight_decay)),
-        _momentum(momentum),
+        optax.identity() if momentum is None else _momentum(momentum),
         scale,
         optax.scale_by_learning_rate(cast(Any, learning_rate)),
     )

@@ -14,7 +14,12 @@ positions) we make
     cotangent_noise     the size below which that mean is nothing but rounding: where all g cancel,
                         as for the keys of an attention (softmax does not see a shift of them)
 
-(arXiv 2006.08877; arXiv 2102.06737 for the positions.)
+and, where a natural gradient asks for them (K-FAC, trace-restricted K-FAC),
+
+    output_moment   G = (1/(mT)) sum of g g^T    mean over both
+    joint_moments   (1/m) sum of |g|^2 a a^T  and  (1/m) sum of |a|^2 g g^T, of equal traces
+
+(arXiv 2006.08877; arXiv 2102.06737 for the positions; arXiv 2011.10741 for the joint moments.)
 """
 
 from collections.abc import Collection, Mapping
@@ -36,6 +41,8 @@ class CurvatureFn(Protocol):
         *,
         moments: Collection[str] | None = None,
         vectors: Mapping[str, jax.Array] | None = None,
+        output_moments: Collection[str] = (),
+        joint_moments: Collection[str] = (),
     ) -> "Statistics":
         """The statistics at some parameters.
 
@@ -44,8 +51,22 @@ class CurvatureFn(Protocol):
                 with.
             moments: paths of the layers whose second moments are wanted; None for all.
             vectors: by layer path, [*blocks, d_in]: A times this vector is wanted.
+            output_moments: paths of the layers whose second moment of the cotangents is wanted.
+            joint_moments: paths of the layers whose joint moments are wanted; no lookups.
         """
         ...
+
+
+class JointMoments(NamedTuple):
+    """Second moments of one side weighted by the squared length on the other side, of equal traces.
+
+    Attributes:
+        input: mean over examples of the sum over positions of |g|^2 a a^T, [d_in, d_in].
+        output: the same of |a|^2 g g^T, [d_out, d_out].
+    """
+
+    input: jax.Array
+    output: jax.Array
 
 
 class LayerStatistics(NamedTuple):
@@ -64,6 +85,9 @@ class LayerStatistics(NamedTuple):
             error (3e-4 in float32).
         rows: number of rows, m times T; 0 if the loss does not depend on this layer.
         examples: m.
+        output_moment: G, second moment of the gradients of an example's loss at the layer's output,
+            [d_out, d_out]; None unless it was asked for.
+        joint_moments: None unless they were asked for.
     """
 
     input_moment: jax.Array | None
@@ -73,6 +97,8 @@ class LayerStatistics(NamedTuple):
     cotangent_noise: jax.Array
     rows: jax.Array
     examples: jax.Array
+    output_moment: jax.Array | None = None
+    joint_moments: JointMoments | None = None
 
 
 class Statistics(NamedTuple):
@@ -102,7 +128,9 @@ def reduce(
             ``cotangents``, of the gradient of the (mean) loss at the output, [d_out];
             ``roundings``, of its squared length times its relative rounding error, [1]; ``rows``,
             their number, []; and, if wanted, ``moment``, of x x^T, [d, d] ([d], its diagonal, for a
-            lookup), and ``product``, of x (x . v) for the vector v without its last entry, [d].
+            lookup), and ``product``, of x (x . v) for the vector v without its last entry, [d];
+            ``output_moment``, of g g^T for g the gradient of the mean loss, [d_out, d_out];
+            ``joint_input`` and ``joint_output``, of |g|^2 a a^T and |a|^2 g g^T.
         examples: m, the number of examples.
         vector: v, [*blocks, d_in].
     """
@@ -110,6 +138,7 @@ def reduce(
     def of_one(sums: Mapping[str, jax.Array], vector: jax.Array | None) -> LayerStatistics:
         rows, inputs = sums["rows"], sums["inputs"]
         moment, product = sums.get("moment"), sums.get("product")
+        output, joint = sums.get("output_moment"), sums.get("joint_input")
         some_rows = jnp.maximum(rows, 1)
         if layer.bias is not None:
             if moment is not None:
@@ -126,6 +155,10 @@ def reduce(
             cotangent_noise=jnp.sqrt(sums["roundings"][0]) * (examples / some_rows),
             rows=rows,
             examples=jnp.full_like(rows, examples),
+            output_moment=None if output is None else output * (examples**2 / some_rows),
+            joint_moments=None
+            if joint is None
+            else JointMoments(joint * examples, sums["joint_output"] * examples),
         )
 
     return layer.over_blocks(of_one)(dict(sums), vector)

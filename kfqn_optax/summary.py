@@ -11,10 +11,20 @@ import optax
 from kfqn_optax import inverse
 from kfqn_optax.layer_state import LayerState
 from kfqn_optax.layers import Layer, join, named_leaves, path_name
+from kfqn_optax.mbf_rule import ScaleByMBFState
+from kfqn_optax.mini_block import MiniBlockState
+from kfqn_optax.natural import ScaleByKFACState
 from kfqn_optax.optimizer import FALLBACK, MomentumState
+from kfqn_optax.tkfac_rule import ScaleByTKFACState
 from kfqn_optax.transform import ScaleByKBFGSState
 
 _KERNELS = ("kernel", "embedding")
+_METHODS = {
+    ScaleByKBFGSState: "K-BFGS",
+    ScaleByKFACState: "K-FAC",
+    ScaleByMBFState: "MBF",
+    ScaleByTKFACState: "TKFAC",
+}
 _HEADER = ("parameter", "shape", "dtype", "updated by", "factors", "state bytes", "why")
 
 
@@ -22,7 +32,8 @@ def summary(opt_state: Any, params: Any = None, layers: Iterable[Layer] | None =
     """A table of who updates which parameter, with what, and why.
 
     Args:
-        opt_state: state of `kbfgs`, or of anything that holds K-BFGS states; shapes will do.
+        opt_state: state of `kbfgs`, `kfac` and their like, or of anything that holds such states;
+            shapes will do.
         params: the parameters; without them, those outside the layers are listed without shapes,
             and not at all where ``scale_by_kbfgs`` is used without `kbfgs`.
         layers: what `find_layers` returned, to say of what kind each layer is.
@@ -33,9 +44,11 @@ def summary(opt_state: Any, params: Any = None, layers: Iterable[Layer] | None =
         parameter, the factors for the kernel.
 
     Raises:
-        ValueError: if there is no K-BFGS state in ``opt_state``.
+        ValueError: if there is no state of ours in ``opt_state``.
     """
-    held = held_layers(opt_state)
+    states = _states(opt_state, *_METHODS)
+    held = {path: layer for state in states for path, layer in state.layers.items()}
+    methods = {path: _METHODS[type(state)] for state in states for path in state.layers}
     partitions = _all(opt_state, optax.transforms.PartitionState)
     fallback = any(FALLBACK in partition.inner_states for partition in partitions)
     parameters = _named(params, opt_state)
@@ -47,10 +60,10 @@ def summary(opt_state: Any, params: Any = None, layers: Iterable[Layer] | None =
         layer = held.get(path)
         shape, dtype = ("", "") if leaf is None else (str(jnp.shape(leaf)), str(leaf.dtype))
         kept = bytes_of(name)
-        if layer is not None and last in (*_KERNELS, "bias"):
-            by, why = "K-BFGS", f"{kinds.get(path, '')} layer".strip()
+        if layer is not None and (last in _KERNELS or (last == "bias" and _has_bias(layer))):
+            by, why = methods[path], f"{kinds.get(path, '')} layer".strip()
             if last in _KERNELS:
-                factors = f"{inverse.words(layer.input)} and {inverse.words(layer.output)}"
+                factors = _factors(layer)
                 kept += _layer_bytes(layer)
             else:
                 factors = "with its kernel"
@@ -65,22 +78,28 @@ def summary(opt_state: Any, params: Any = None, layers: Iterable[Layer] | None =
 
 
 def held_layers(opt_state: Any) -> dict[str, LayerState]:
-    """What is kept of each layer, by path, wherever in an optimizer's state it is.
+    """What K-BFGS and its kin keep of each layer, by path, wherever in an optimizer's state.
 
     Raises:
         ValueError: if there is no K-BFGS state in ``opt_state``.
     """
-    states = _all(opt_state, ScaleByKBFGSState)
+    states = _states(opt_state, ScaleByKBFGSState)
+    return {path: layer for state in states for path, layer in state.layers.items()}
+
+
+def _states(opt_state: Any, *kinds: type) -> list[Any]:
+    """The states of our methods; there must be one at least."""
+    states = _all(opt_state, kinds)
     if not states:
         raise ValueError(
             "opt_state holds no K-BFGS state: pass what tx.init(params) returned, for a tx made "
             "with kbfgs or scale_by_kbfgs."
         )
-    return {path: layer for state in states for path, layer in state.layers.items()}
+    return states
 
 
-def _all(tree: Any, kind: type) -> list[Any]:
-    """The nodes of a kind in a tree."""
+def _all(tree: Any, kind: type | tuple[type, ...]) -> list[Any]:
+    """The nodes of a kind, or of several, in a tree."""
     nodes = jax.tree.leaves(tree, is_leaf=lambda node: isinstance(node, kind))
     return [node for node in nodes if isinstance(node, kind)]
 
@@ -91,7 +110,7 @@ def _named(params: Any, opt_state: Any) -> dict[str, Any]:
         return named_leaves(params)
     momenta = _all(opt_state, MomentumState)
     if not momenta:
-        states = _all(opt_state, ScaleByKBFGSState)
+        states = _all(opt_state, tuple(_METHODS))
         return {join(path, "kernel"): None for state in states for path in state.layers}
     known: dict[str, Any] = {}
     for momentum in momenta:
@@ -124,7 +143,20 @@ def _bytes_by_name(state: Any, names: set[str]) -> Any:
     return lambda name: sizes.get(name, 0)
 
 
-def _layer_bytes(layer: LayerState) -> int:
+def _has_bias(layer: Any) -> bool:
+    """Whether a bias next to the kernel is part of the layer: not to MBF's convolutions."""
+    return not isinstance(layer, MiniBlockState) or layer.moment.ndim == layer.momentum.ndim
+
+
+def _factors(layer: Any) -> str:
+    """The sizes of a layer's factors."""
+    if not isinstance(layer, MiniBlockState):
+        return f"{inverse.words(layer.input)} and {inverse.words(layer.output)}"
+    d, count = layer.moment.shape[-1], math.prod(layer.moment.shape[:-2])
+    return f"{d}^2" if count == 1 else f"{count:,} of {d}^2"
+
+
+def _layer_bytes(layer: Any) -> int:
     return sum(_nbytes(leaf) for leaf in jax.tree.leaves(layer))
 
 

@@ -20,6 +20,7 @@ from jax.sharding import NamedSharding, PartitionSpec, auto_axes
 
 from kfqn_optax.axes import vary, varying
 from kfqn_optax.discovery import Seen
+from kfqn_optax.geometry import second_moment
 from kfqn_optax.loss import LossFn, check_local, explain
 from kfqn_optax.statistics import Statistics, reduce
 
@@ -40,7 +41,10 @@ def tag(geometry: Any, output: jax.Array, inputs: jax.Array, entry: Entry) -> ja
             ``moment``: x x^T, x the row without the constant 1 of the bias;
             ``inputs``: x;  ``cotangents``: the cotangent g of the output row;  ``rows``: 1;
             ``roundings``: e |g|^2, e the relative rounding error of g;
-            ``product``: x (x . v), for the vector v under ``vector``.
+            ``product``: x (x . v), for the vector v under ``vector``;
+            ``output_moment``: g g^T;
+            ``joint_input``: |g|^2 a a^T, a the row with a 1 if the zeros have room for it;
+            ``joint_output``: |a|^2 g g^T, for the same a.
 
     Returns:
         ``output``, to the last bit, forward and backward.
@@ -67,6 +71,12 @@ def _sums(geometry: Any, entry: Entry, inputs: jax.Array, cotangent: jax.Array) 
     # sees all the same that it is one.
     first = g[(slice(None), *[0] * (g.ndim - 1))]
     total = geometry.input_sum(inputs, dtype)
+
+    def a() -> jax.Array:
+        x = geometry.input_rows(inputs, dtype)
+        ones = entry["joint_input"].shape[x.ndim - 2] - x.shape[-1]
+        return jnp.pad(x, [*[(0, 0)] * (x.ndim - 1), (0, ones)], constant_values=1)
+
     eps = max(jnp.finfo(cotangent.dtype).eps, jnp.finfo(dtype).eps)
     sums = {
         "inputs": lambda: total,
@@ -74,6 +84,9 @@ def _sums(geometry: Any, entry: Entry, inputs: jax.Array, cotangent: jax.Array) 
         "product": lambda: geometry.product(inputs, entry[VECTOR].reshape(total.shape), dtype),
         "cotangents": lambda: jnp.sum(g, axis=0),
         "roundings": lambda: jnp.sum(g**2, axis=(0, -1)) * eps,
+        "output_moment": lambda: second_moment(g),
+        "joint_input": lambda: second_moment(a(), weights=g),
+        "joint_output": lambda: second_moment(g, weights=a()),
         "rows": lambda: jnp.sum((first == 0) | True, dtype=dtype),
         VECTOR: lambda: jnp.zeros_like(entry[VECTOR]),
     }
@@ -116,6 +129,8 @@ def measure(
     params: Any,
     moments: Collection[str] | None = None,
     vectors: Mapping[str, jax.Array] | None = None,
+    output_moments: Collection[str] = (),
+    joint_moments: Collection[str] = (),
 ) -> Statistics:
     """One pass forward and backward, reduced to statistics.
 
@@ -127,6 +142,8 @@ def measure(
             axes these are marked as varying, each device its own.
         moments: paths of the layers whose second moment is wanted; None for all.
         vectors: by layer path, [*blocks, d_in]: A times this vector is wanted.
+        output_moments: paths of the layers whose second moment of the cotangents is wanted.
+        joint_moments: paths of the layers whose joint moments are wanted.
     """
     vectors = vectors or {}
     axes = varying(params)
@@ -139,6 +156,10 @@ def measure(
         if path in vectors and not s.layer.lookup:
             wanted.append("product")
             given[path] = vary({VECTOR: _scatter(s, vectors[path])}, axes)
+        if path in output_moments:
+            wanted.append("output_moment")
+        if path in joint_moments and not s.layer.lookup:
+            wanted += ["joint_input", "joint_output"]
         zeros[path] = {
             name: vary(jnp.zeros(_outer_shape(s, _inner_shape(s, name)), s.dtype), axes)
             for name in wanted
@@ -173,6 +194,8 @@ def _inner_shape(seen: Seen, name: str) -> tuple[int, ...]:
         return (1,)
     moment = (d,) if seen.layer.lookup else (d, d)
     shapes = {"moment": moment, "cotangents": (d_out,), "roundings": (1,)}
+    shapes |= dict.fromkeys(("output_moment", "joint_output"), (d_out, d_out))
+    shapes["joint_input"] = (d + (seen.layer.bias is not None),) * 2
     return (*groups, *shapes.get(name, (d,)))
 
 

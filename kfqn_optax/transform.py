@@ -47,7 +47,7 @@ def quasi_newton(
     given = layers_lib.as_layers(layers)
 
     def init_fn(params: Any) -> ScaleByKBFGSState:
-        if _is_placeholder(params):
+        if is_placeholder(params):
             return _placeholder_state(given, options)
         leaves = named_leaves(params)
         checks.check_real(leaves)
@@ -141,7 +141,7 @@ def _step(
 
     # The direction, with both factors as the previous step left them.
     directions = precondition(present, begun, gradients, lr, options.norm_constraint)
-    updates = _like(updates, gradients | directions, dtypes=params)
+    updates = like(updates, gradients | directions, dtypes=params)
     if measured is None or curvature_fn is None:
         return updates, begun
 
@@ -235,7 +235,7 @@ def layers_present(given: tuple[Layer, ...] | None, leaves: dict[str, Any]) -> t
     return tuple(layer for layer in given if any(name in leaves for name in layer.parameter_paths))
 
 
-def _is_placeholder(params: Any) -> bool:
+def is_placeholder(params: Any) -> bool:
     """Whether this is what ``optax.tree.map_params`` puts in the place of all parameters.
 
     It wants to see where in a state the parameters go. The placeholder is one node without leaves
@@ -260,7 +260,7 @@ def _placeholder_state(given: tuple[Layer, ...] | None, options: Options) -> Any
     )
 
 
-def _like(tree: Any, leaves: dict[str, jax.Array], dtypes: Any) -> Any:
+def like(tree: Any, leaves: dict[str, jax.Array], dtypes: Any) -> Any:
     """A tree of the structure of ``tree`` from leaves by path, in the dtypes of another tree."""
     return jax.tree_util.tree_map_with_path(
         lambda path, _, p: leaves[layers_lib.path_name(path)].astype(p.dtype), tree, dtypes

@@ -33,6 +33,11 @@ def of_rows(a, g, examples, loss):
                 cotangent_noise=jnp.asarray(np.sqrt((g**2).sum() * 1e-7) / max(rows, 1)),
                 rows=jnp.asarray(float(rows)),
                 examples=jnp.asarray(float(examples)),
+                output_moment=jnp.asarray(g.T @ g / max(rows, 1)),
+                joint_moments=kfqn.JointMoments(
+                    jnp.asarray((a.T * (g**2).sum(axis=1)) @ a / examples),
+                    jnp.asarray((g.T * (a**2).sum(axis=1)) @ g / examples),
+                ),
             )
         },
     )
@@ -111,31 +116,35 @@ def model(request, batch):
     return lambda *batch: kfqn.nnx_curvature_fn(nnx_loss, model, *batch), nnx.state(model)
 
 
-def vectors_for(statistics):
-    return {
+def all_for(statistics):
+    """To ask for everything: what K-BFGS wants, and K-FAC and its kin."""
+    vectors = {
         path: jnp.cos(jnp.arange(s.input_mean.size).reshape(s.input_mean.shape) * 1.0)
         for path, s in statistics.layers.items()
     }
+    return {"vectors": vectors, "output_moments": [*vectors], "joint_moments": [*vectors]}
 
 
 def test_parts_are_the_whole(model, batch):
     """One microbatch at a time, or one part on each of several mapped devices."""
     make, params = model
     parts = kfqn.microbatches(batch, PARTS)
-    vectors = vectors_for(jax.eval_shape(make(*batch), params))
+    asked = all_for(jax.eval_shape(make(*batch), params))
 
     @jax.jit
     def measure():
         in_turn = kfqn.over_microbatches(make, parts)
         side_by_side = jax.vmap(
-            lambda *part: kfqn.over_axis(make(*part), "data")(params, vectors=vectors),
+            lambda *part: kfqn.over_axis(make(*part), "data")(params, **asked),
             axis_name="data",
         )
-        whole = make(*batch)(params, vectors=vectors)
-        return whole, in_turn(params, vectors=vectors), side_by_side(*parts)
+        whole = make(*batch)(params, **asked)
+        return whole, in_turn(params, **asked), side_by_side(*parts)
 
     whole, in_turn, side_by_side = measure()
     assert float(next(iter(whole.layers.values())).rows.max()) == PARTS * EXAMPLES * LENGTH
+    assert all(s.output_moment is not None for s in whole.layers.values())
+    assert any(s.joint_moments is not None for s in whole.layers.values())
     close(in_turn, whole, rtol=1e-12)
     for number in range(PARTS):
         close(jax.tree.map(lambda a: a[number], side_by_side), whole, rtol=1e-12)  # noqa: B023

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from kfqn_optax import calls
-from kfqn_optax.geometry import Contraction, Convolution, Lookup
+from kfqn_optax.geometry import Contraction, Convolution, Lookup, second_moment
 from kfqn_optax.matrix import MatrixView
 
 # name: (input shape, features, window, Flax's settings)
@@ -195,6 +195,9 @@ def test_a_wide_moment_is_made_in_parts(shape):
     geometry = Contraction((0,), blocks, last, (0,), blocks, last)
     moment = np.asarray(geometry.moment(jnp.asarray(rows), jnp.float64))
     close(moment, np.einsum("n...i,n...j->...ij", rows, rows))
+    weights = np.random.default_rng(1).normal(size=(*shape[:-1], 3))
+    weighted = np.asarray(second_moment(jnp.asarray(rows), jnp.asarray(weights)))
+    close(weighted, np.einsum("n...i,n...j,n...k->...ij", rows, rows, weights**2))
 
 
 @some_geometries

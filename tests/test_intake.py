@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from models import relative
 
-from kfqn_optax import intake, layer_state
+from kfqn_optax import intake, inverse, layer_state
 from kfqn_optax.layer_state import RUNNING
 from kfqn_optax.layers import dense
 from kfqn_optax.options import Options
@@ -34,7 +34,7 @@ def test_each_layer_gets_the_inverse_of_its_own_matrix():
 @given(st.lists(st.tuples(st.integers(1, 4), st.integers(1, 3000)), min_size=1, max_size=12))
 def test_padding_costs_at_most_three_times_the_inverses(sizes):
     shapes = {str(i): size for i, size in enumerate(sizes)}
-    groups = intake._share(shapes)
+    groups = inverse._share(shapes)
     assert sorted(path for group in groups for path in group) == sorted(shapes)
     for group in groups:
         own = sum(shapes[path][0] * shapes[path][1] ** 3 for path in group)

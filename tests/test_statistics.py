@@ -7,7 +7,11 @@ import pytest
 from models import relative
 
 from kfqn_optax.layers import dense
-from kfqn_optax.statistics import LayerStatistics, reduce
+from kfqn_optax.statistics import JointMoments, LayerStatistics, reduce
+
+
+def weighted(rows, weights):
+    return sum((w @ w) * np.outer(row, row) for row, w in zip(rows, weights, strict=True))
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -17,6 +21,7 @@ def test_reduce_against_explicit_formulas(bias, examples, positions):
     x = rng.normal(size=(examples, positions, 3)) + 0.5
     g = rng.normal(size=(examples, positions, 2))  # gradient of each example's own loss
     rows, mean_g = x.reshape(-1, 3), g.reshape(-1, 2) / examples  # the loss is a mean
+    a_rows = np.hstack([rows, np.ones((len(rows), int(bias)))])
     layer = dense("d", (3, 2), bias)
     v = rng.normal(size=3 + bias)
     sums = {
@@ -26,6 +31,9 @@ def test_reduce_against_explicit_formulas(bias, examples, positions):
         "cotangents": mean_g.sum(axis=0),
         "roundings": (1e-7 * mean_g**2).sum(keepdims=True)[0],
         "rows": np.array(float(len(rows))),
+        "output_moment": mean_g.T @ mean_g,
+        "joint_input": weighted(a_rows, mean_g),
+        "joint_output": weighted(mean_g, a_rows),
     }
     sums = jax.tree.map(jnp.asarray, sums)
     actual = reduce(layer, sums, examples, jnp.asarray(v))
@@ -40,11 +48,20 @@ def test_reduce_against_explicit_formulas(bias, examples, positions):
         cotangent_noise=np.sqrt(1e-7 * np.sum(g**2)) / (examples * positions),
         rows=examples * positions,
         examples=examples,
+        output_moment=np.mean([np.outer(v, v) for v in g.reshape(-1, 2)], axis=0),
+        joint_moments=JointMoments(
+            weighted(a_rows, g.reshape(-1, 2)) / examples,
+            weighted(g.reshape(-1, 2), a_rows) / examples,
+        ),
     )
-    for name in LayerStatistics._fields:
-        ours, theirs = getattr(actual, name), np.asarray(getattr(expected, name))
-        assert ours.shape == theirs.shape, name
-        assert relative(ours, theirs) < 1e-14, name
+    assert jax.tree.structure(actual) == jax.tree.structure(expected)
+    for (path, ours), theirs in zip(
+        jax.tree.leaves_with_path(actual), jax.tree.leaves(expected), strict=True
+    ):
+        assert ours.shape == np.shape(theirs), path
+        assert relative(ours, theirs) < 1e-14, path
+    traces = [np.trace(moment) for moment in actual.joint_moments]
+    np.testing.assert_allclose(*traces)
     if bias:
         assert float(actual.input_mean[-1]) == 1
         assert float(actual.input_moment[-1, -1]) == positions

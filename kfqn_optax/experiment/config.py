@@ -75,19 +75,21 @@ KEYS = {
     "download": _switch(False, "whether data may be fetched from the network", free=True),
     "train_examples": _whole(0, "use only so many training examples; 0: all", 0),
     "optimizer": _one_of("kbfgs", OPTIMIZERS, "the training rule"),
-    "learning_rate": _positive(0.3, "step size; 0.3 suits kbfgs, adam wants about 0.001"),
+    "learning_rate": _positive(
+        0.3, "step size; 0.3 suits kbfgs, 1 kfac with damping 3; adam wants about 0.001"
+    ),
     "fallback_learning_rate": _positive(
-        0.001, "step size of Adam where kbfgs, kbfgs_l, kfqn and muon do not apply"
+        0.001, "step size of Adam where muon and the methods with layers do not apply"
     ),
     "fallback_kinds": Key(
         "",
-        "kbfgs, kbfgs_l, kfqn: kinds of layers left to the fallback: embed,dense general",
+        "methods with layers: kinds of layers left to the fallback: embed,dense general",
         "kinds of layers with commas between them, of " + ", ".join(KINDS),
         lambda value: set(kinds_left(value)) <= set(KINDS),
     ),
-    "damping": _positive(0.3, "kbfgs, kbfgs_l, kfqn: lambda of the paper"),
+    "damping": _positive(0.3, "methods with layers: lambda of the paper; 3 suits kfac"),
     "momentum": _decay(
-        0.9, "decay of the gradient's running average (kbfgs, kbfgs_l, kfqn) or sum (sgdm)"
+        0.9, "decay of the gradient's running average (methods with layers) or sum (sgdm)"
     ),
     "weight_decay": Key(
         1e-5,
@@ -95,7 +97,10 @@ KEYS = {
         "a finite number of at least 0",
         lambda value: 0 <= value < math.inf,
     ),
-    "factor_decay": _decay(0.9, "kbfgs, kbfgs_l: decay of the second moments of layer inputs"),
+    "factor_decay": _decay(
+        0.9, "kbfgs, kbfgs_l, kfac, tkfac, mbf: decay of the running second moments"
+    ),
+    "inverse_every": _whole(20, "kfac, tkfac, mbf: steps from one inverse to the next", 1),
     "pair_decay": _decay(0.9, "kbfgs, kbfgs_l, kfqn: decay of the running averages of s and y"),
     "powell": Key(
         0.2,
@@ -109,12 +114,14 @@ KEYS = {
     ),
     "norm_constraint": Key(
         0.0,
-        "kbfgs, kbfgs_l, kfqn: limit of the step's squared length in the factors' metric, "
+        "all with layers but mbf: limit of the step's squared length in the factors' metric, "
         "in loss units; 0: none",
         "a finite number of at least 0",
         lambda value: 0 <= value < math.inf,
     ),
-    "warm_start": _switch(True, "kbfgs, kbfgs_l: second moments from the whole train set first"),
+    "warm_start": _switch(
+        True, "kbfgs, kbfgs_l, kfac, tkfac: second moments from the whole train set first"
+    ),
     "curvature_examples": _whole(0, "measure curvature on so many of the batch; 0: all", 0),
     "batch_size": _whole(1000, "examples a step", 1),
     "microbatches": _whole(1, "parts of the batch that are measured one after the other", 1),

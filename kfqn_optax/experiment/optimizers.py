@@ -1,7 +1,8 @@
 """From a config to the Optax transformation that it names.
 
-K-BFGS and its kin take one extra argument in `update`, the curvature function; the baselines take
-none. Weight decay is part of the gradient for all of them, so all minimise the same function.
+K-BFGS and its kin take one extra argument in `update`, the curvature function, and so do K-FAC and
+TKFAC, with targets drawn from the model; the others take none. Weight decay is part of the gradient
+for all of them, so all minimise the same function.
 """
 
 from collections.abc import Callable
@@ -25,11 +26,18 @@ class Optimizer(NamedTuple):
         transformation: the whole optimizer, learning rate included.
         takes_curvature: whether `update` wants the extra argument `curvature_fn`.
         warm_starts: whether `kfqn.warm_start` applies to the state.
+        draws_targets: whether the curvature is that of a loss with targets drawn from the model.
     """
 
     transformation: optax.GradientTransformation
     takes_curvature: bool = False
     warm_starts: bool = False
+    draws_targets: bool = False
+
+    @property
+    def learns_pairs(self) -> bool:
+        """Whether the state has counts for `kfqn.health`: K-BFGS and its kin."""
+        return self.takes_curvature and not self.draws_targets
 
 
 Layers = tuple[kfqn.Layer, ...] | None
@@ -62,16 +70,51 @@ def _kfqn(config: Config, layers: Layers) -> Optimizer:
     return Optimizer(transformation, takes_curvature=True)
 
 
+def _kfac(config: Config, layers: Layers) -> Optimizer:
+    return _natural(kfqn.kfac, config, layers)
+
+
+def _tkfac(config: Config, layers: Layers) -> Optimizer:
+    return _natural(kfqn.tkfac, config, layers)
+
+
+def _mbf(config: Config, layers: Layers) -> Optimizer:
+    """The mini-block Fisher method, which measures nothing and knows no limit of the step."""
+    transformation = kfqn.mbf(
+        **_common(config, layers),
+        factor_decay=config.factor_decay,
+        inverse_every=config.inverse_every,
+    )
+    return Optimizer(transformation)
+
+
+def _natural(make: Callable, config: Config, layers: Layers) -> Optimizer:
+    transformation = make(
+        **_common(config, layers),
+        norm_constraint=config.norm_constraint or None,
+        factor_decay=config.factor_decay,
+        inverse_every=config.inverse_every,
+    )
+    return Optimizer(transformation, takes_curvature=True, warm_starts=True, draws_targets=True)
+
+
 def _shared(config: Config, layers: Layers) -> dict[str, Any]:
     """The arguments that K-BFGS, K-BFGS(L) and KF-QN have in common."""
+    return {
+        **_common(config, layers),
+        "norm_constraint": config.norm_constraint or None,
+        "pair_decay": config.pair_decay,
+        "powell": config.powell,
+    }
+
+
+def _common(config: Config, layers: Layers) -> dict[str, Any]:
+    """The arguments of every method with layers."""
     return {
         "learning_rate": config.learning_rate,
         "damping": config.damping,
         "momentum": config.momentum,
         "weight_decay": config.weight_decay,
-        "pair_decay": config.pair_decay,
-        "powell": config.powell,
-        "norm_constraint": config.norm_constraint or None,
         "layers": layers,
         "fallback": _decayed(config, optax.adam(config.fallback_learning_rate)),
     }
@@ -129,10 +172,13 @@ def kernels_as_matrices(params: Any) -> Any:
     return jax.tree_util.tree_map_with_path(numbers, params)
 
 
-_WITH_CURVATURE: dict[str, Callable[[Config, Layers], Optimizer]] = {
+_WITH_LAYERS: dict[str, Callable[[Config, Layers], Optimizer]] = {
     "kbfgs": _kbfgs,
     "kbfgs_l": _kbfgs_l,
     "kfqn": _kfqn,
+    "kfac": _kfac,
+    "tkfac": _tkfac,
+    "mbf": _mbf,
 }
 _BASELINES: dict[str, Callable[[Config], optax.GradientTransformation]] = {
     "adam": _adam,
@@ -140,7 +186,7 @@ _BASELINES: dict[str, Callable[[Config], optax.GradientTransformation]] = {
     "rmsprop": _rmsprop,
     "muon": _muon,
 }
-OPTIMIZERS = (*_WITH_CURVATURE, *_BASELINES)
+OPTIMIZERS = (*_WITH_LAYERS, *_BASELINES)
 
 
 def make_optimizer(config: Config, find_layers: Callable[[], Layers] = lambda: None) -> Optimizer:
@@ -156,4 +202,4 @@ def make_optimizer(config: Config, find_layers: Callable[[], Layers] = lambda: N
     left, layers = kinds_left(config.fallback_kinds), find_layers()
     if left and layers is not None:
         layers = tuple(layer for layer in layers if layer.kind not in left)
-    return _WITH_CURVATURE[config.optimizer](config, layers)
+    return _WITH_LAYERS[config.optimizer](config, layers)

@@ -21,11 +21,36 @@ from kfqn_optax.experiment.problems import Batch, ModelState, Params, Problem, s
 
 
 class TrainState(NamedTuple):
-    """What a step changes; its buffers are donated to the next step."""
+    """What a step changes; its buffers are donated to the next step.
+
+    Attributes:
+        params: of the model.
+        opt_state: of the optimizer.
+        model_state: see `problems`.
+        key: a random key to draw targets from; None for optimizers that need none.
+    """
 
     params: Params
     opt_state: Any
     model_state: ModelState = ()
+    key: jax.Array | None = None
+
+
+def initial_state(
+    optimizer: Optimizer, params: Params, model_state: ModelState, seed: int
+) -> TrainState:
+    """Returns the state before the first step."""
+    key = jax.random.fold_in(jax.random.key(seed), 1) if optimizer.draws_targets else None
+    return TrainState(params, optimizer.transformation.init(params), model_state, key)
+
+
+def place(state: TrainState, devices: Devices) -> TrainState:
+    """Returns the state, each part of it where the steps keep it."""
+    params, opt_state, model_state, key = state
+    everywhere = devices.everywhere
+    return TrainState(
+        everywhere(params), devices.place(opt_state), everywhere(model_state), everywhere(key)
+    )
 
 
 def count(examples: Batch) -> int:
@@ -61,15 +86,17 @@ def make_step(
     transformation = devices.transformation(optimizer.transformation)
     gradient = jax.value_and_grad(problem.loss, has_aux=True)
 
-    def whole(params, model_state, examples, indices):
+    def whole(params, model_state, drawn, examples, indices):
         batch = devices.share(take(examples, indices))
         (loss, next_model_state), grads = gradient(params, batch, model_state)
         # From the model state before the gradient pass, so with the same random masks.
         measured = take(batch, slice(curvature_examples or None))
-        curvature_fn = lambda: problem.curvature_fn(params, devices.share(measured), model_state)  # noqa: E731
+        curvature_fn = lambda: problem.curvature_fn(  # noqa: E731
+            params, devices.share(measured), model_state, drawn
+        )
         return loss, next_model_state, grads, curvature_fn
 
-    def in_parts(params, model_state, examples, indices):
+    def in_parts(params, model_state, drawn, examples, indices):
         def parts(indices):
             rows = kfqn.microbatches(indices, microbatches)
             return devices.share(take(examples, rows), axis=1)
@@ -85,20 +112,26 @@ def make_step(
         loss, grads = jax.tree.map(lambda t: t / microbatches, total)
         if curvature_examples:
             batches = parts(indices[:curvature_examples])
+        keys = None if drawn is None else jax.random.split(drawn, microbatches)
         curvature_fn = lambda: kfqn.over_microbatches(  # noqa: E731
-            lambda batch, model_state: problem.curvature_fn(params, batch, model_state),
-            (batches, states),
+            lambda *of_part: problem.curvature_fn(params, *of_part),
+            (batches, states, keys),
         )
         return loss, next_model_state, grads, curvature_fn
 
     def step(state, examples, indices):
-        params, opt_state, model_state = state
+        params, opt_state, model_state, key = state
+        drawn = None
+        if optimizer.draws_targets:
+            drawn, key = jax.random.split(key)
         measure = whole if microbatches == 1 else in_parts
-        loss, model_state, grads, curvature_fn = measure(params, model_state, examples, indices)
+        loss, model_state, grads, curvature_fn = measure(
+            params, model_state, drawn, examples, indices
+        )
         extra = {"curvature_fn": curvature_fn()} if optimizer.takes_curvature else {}
         updates, opt_state = transformation.update(grads, opt_state, params, **extra)
         params = optax.apply_updates(params, updates)
-        return TrainState(params, opt_state, model_state), loss
+        return TrainState(params, opt_state, model_state, key), loss
 
     return step
 
@@ -185,11 +218,13 @@ def warm_start(
     model_state: ModelState = (),
     microbatches: int = 1,
     devices: Devices = Devices(),  # noqa: B008  (immutable)
+    key: jax.Array | None = None,
 ) -> tuple[Any, float, float]:
-    """Measures the input second moments over the whole train set at the initial parameters.
+    """Measures second moments over the whole train set at the initial parameters.
 
     The batches are taken in the order of the set; as in the steps, an incomplete one is left out,
-    and each goes through the network in so many parts.
+    and each goes through the network in so many parts. With a random key targets are drawn from it,
+    other ones for each part.
 
     Returns:
         The new optimizer state, the seconds that it took, and before these the seconds until the
@@ -202,7 +237,9 @@ def warm_start(
         nonlocal compiled
         size = batch_size // microbatches
         for number in range(count(examples) // batch_size * microbatches):
-            yield devices.share(take(examples, slice(number * size, (number + 1) * size)))
+            drawn = None if key is None else jax.random.fold_in(key, number)
+            batch = take(examples, slice(number * size, (number + 1) * size))
+            yield devices.share(batch), drawn
             if number == 0:
                 compiled = time.perf_counter()
 

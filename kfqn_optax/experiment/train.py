@@ -1,4 +1,4 @@
-"""Training: a loop over epochs, with an honest clock, that a kill may break off anywhere.
+"""Training as a config says, with an honest clock; a kill may break it off anywhere (see `run`).
 
 Everything is compiled before the clock starts, and the clock runs only while steps (or the warm
 start) do: not during compilation, evaluation, plotting or the writing of checkpoints.
@@ -9,13 +9,10 @@ was never broken off.
 """
 
 import contextlib
-import dataclasses
-import itertools
 import json
 import os
 import platform
 import time
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -23,26 +20,25 @@ import numpy as np
 
 import kfqn_optax as kfqn
 from kfqn_optax.experiment import datasets
-from kfqn_optax.experiment.checkpoints import Checkpoints, Position
+from kfqn_optax.experiment.checkpoints import Checkpoints
 from kfqn_optax.experiment.config import ConfigError, check
 from kfqn_optax.experiment.devices import Devices, make_devices
 from kfqn_optax.experiment.fingerprint import fingerprint
-from kfqn_optax.experiment.losses import LaggedLosses, before, refuse_non_finite
-from kfqn_optax.experiment.optimizers import Config, Optimizer, make_optimizer
+from kfqn_optax.experiment.optimizers import Config, make_optimizer
 from kfqn_optax.experiment.plots import label
 from kfqn_optax.experiment.problems import Batch, Params, Problem, make_problem
 from kfqn_optax.experiment.progress import Display
+from kfqn_optax.experiment.run import Run
 from kfqn_optax.experiment.steps import (
-    TrainState,
     compile_step,
     count,
-    epoch_batches,
+    initial_state,
     make_evaluate,
+    place,
     take,
-    warm_start,
 )
-from kfqn_optax.experiment.stop import Stopped, StopRequest
-from kfqn_optax.experiment.workdir import PAIRS, Recorder, continues, refuse_lost
+from kfqn_optax.experiment.stop import StopRequest
+from kfqn_optax.experiment.workdir import Recorder, continues, refuse_lost
 
 
 def train(config: Config, workdir: str | os.PathLike, dataset: Any = None) -> list[dict]:
@@ -87,8 +83,9 @@ def train(config: Config, workdir: str | os.PathLike, dataset: Any = None) -> li
     optimizer = make_optimizer(
         config, lambda: problem.layers(params, take(examples, slice(2)), model_state)
     )
-    opt_state = optimizer.transformation.init(params)
-    state = TrainState(params, devices.place(opt_state), model_state)
+    state = initial_state(optimizer, params, model_state, config.seed)
+    table = kfqn.summary(state.opt_state, params) if optimizer.takes_curvature else ""
+    state = place(state, devices)
     measure = make_evaluate(
         problem,
         examples,
@@ -121,12 +118,12 @@ def train(config: Config, workdir: str | os.PathLike, dataset: Any = None) -> li
             refuse_lost(workdir)
         history = found[1].history if found else []
         recorder = stack.enter_context(Recorder(workdir, config, history if continuing else None))
-        run = _Run(
+        run = Run(
             config,
             devices,
             examples,
             steps,
-            optimizer.takes_curvature,
+            optimizer.learns_pairs,
             measure,
             recorder,
             display,
@@ -136,9 +133,7 @@ def train(config: Config, workdir: str | os.PathLike, dataset: Any = None) -> li
 
         display.say(_opening(config, problem, dataset, facts))
         if optimizer.takes_curvature:
-            summary = kfqn.summary(opt_state, params)
-            recorder.text("summary.txt", str(summary).rstrip() + "\n")
-        del opt_state
+            recorder.text("summary.txt", table.rstrip() + "\n")
         compile_seconds = 0.0
         if found:
             state, position = found
@@ -146,11 +141,7 @@ def train(config: Config, workdir: str | os.PathLike, dataset: Any = None) -> li
             display.say(f"going on from step {step}, after {position.seconds:.1f} s of training")
         else:
             state, position, compile_seconds = run.begin(problem, optimizer, state)
-        state = TrainState(
-            devices.everywhere(state.params),
-            devices.place(state.opt_state),
-            devices.everywhere(state.model_state),
-        )
+        state = place(state, devices)
         start = time.perf_counter()
         compiled = compile_step(problem, optimizer, config, state, examples, devices)
         compile_seconds += time.perf_counter() - start
@@ -162,116 +153,6 @@ def train(config: Config, workdir: str | os.PathLike, dataset: Any = None) -> li
             # A disk that is full or cannot be written to shows now, not after hours.
             run.save(state, position)
         return run.train(compiled, state, position)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Run:
-    """What a run works with from its first evaluation to its last."""
-
-    config: Config
-    devices: Devices
-    examples: Batch
-    steps: int
-    takes_curvature: bool
-    measure: Callable[..., dict[str, float]]
-    recorder: Recorder
-    display: Display
-    checkpoints: Checkpoints | None
-    stop: StopRequest
-
-    def begin(
-        self, problem: Problem, optimizer: Optimizer, state: TrainState
-    ) -> tuple[TrainState, Position, float]:
-        """Measures before training and takes the warm start, if there is one.
-
-        Returns:
-            State and position before the first step, and the seconds of compilation.
-        """
-        config = self.config
-        position = self.measured(0, state, Position(0, 0, seconds=0.0, losses=[], history=[]))
-        if not (optimizer.warm_starts and config.warm_start):
-            return state, position, 0.0
-        params, opt_state, model_state = state
-        opt_state, seconds, compile_seconds = warm_start(
-            opt_state,
-            problem,
-            params,
-            self.examples,
-            config.batch_size,
-            model_state,
-            config.microbatches,
-            self.devices,
-        )
-        position = Position(0, 0, seconds, losses=[], history=position.history)
-        return TrainState(params, opt_state, model_state), position, compile_seconds
-
-    def train(
-        self, step: Callable[..., Any], state: TrainState, position: Position
-    ) -> list[dict[str, Any]]:
-        """Takes all steps that are left and returns the metrics of the whole run."""
-        config = self.config
-        while position.epoch < config.epochs:
-            order = epoch_batches(
-                config.seed, position.epoch + 1, count(self.examples), config.batch_size
-            )
-            losses = LaggedLosses(
-                position.epoch * self.steps + 1, position.losses, before(position.history)
-            )
-            start = time.perf_counter()
-            for batch in itertools.islice(order, position.batch, None):
-                state, loss = step(state, self.examples, batch)
-                losses.add(loss)
-                self.display.step(losses.last_step, losses.latest)
-                if self._is_due(losses.last_step) or self.stop.signum is not None:
-                    break
-            losses.fetch_all()
-            jax.block_until_ready(state)
-            position = Position(
-                epoch=position.epoch,
-                batch=len(losses.values),
-                seconds=position.seconds + time.perf_counter() - start,
-                losses=losses.values,
-                history=position.history,
-            )
-            if position.batch == self.steps:
-                position = self.measured(position.epoch + 1, state, position)
-            # Asked once: a signal from here on waits for the next step and its checkpoint.
-            stopping, ended = self.stop.signum is not None, position.epoch == config.epochs
-            if stopping or ended or self._is_due(losses.last_step):
-                self.save(state, position)
-            if stopping and not ended:
-                raise self._stopped(losses.last_step)
-        return position.history
-
-    def measured(self, epoch: int, state: TrainState, position: Position) -> Position:
-        """Measures at the end of an epoch, writes that down, and returns where the run is then."""
-        metrics = {"epoch": epoch, "step": epoch * self.steps, "seconds": position.seconds}
-        metrics |= self.measure(state.params, state.model_state)
-        refuse_non_finite(metrics, position.history)
-        if self.takes_curvature:
-            totals = kfqn.health(state.opt_state).totals()
-            metrics |= {name: totals[name.removeprefix("pairs_")] for name in PAIRS}
-        self.recorder.epoch(metrics, position.losses)
-        self.display.epoch(metrics)
-        return Position(epoch, 0, position.seconds, [], [*position.history, metrics])
-
-    def save(self, state: TrainState, position: Position) -> None:
-        """Writes a checkpoint, if the config wants any."""
-        if self.checkpoints and self.config.checkpoint_every:
-            self.checkpoints.save(state, position, self.steps)
-
-    def _is_due(self, step: int) -> bool:
-        every = self.config.checkpoint_every
-        return every > 0 and step % every == 0
-
-    def _stopped(self, step: int) -> Stopped:
-        if self.config.checkpoint_every:
-            return self.stop.stopped(
-                f"after step {step}; a checkpoint is written, the same command goes on from it."
-            )
-        return self.stop.stopped(
-            f"after step {step}; config.checkpoint_every is 0, so there is nothing to go on from."
-        )
 
 
 def load_dataset(config: Config) -> Any:

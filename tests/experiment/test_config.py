@@ -70,7 +70,11 @@ def test_missing_key():
     ("key", "value", "rule"),
     [
         ("problem", "mnits", "one of curves, mnist"),
-        ("optimizer", "kfac", "one of kbfgs, kbfgs_l, kfqn, adam, sgdm, rmsprop, muon"),
+        (
+            "optimizer",
+            "lars",
+            "one of kbfgs, kbfgs_l, kfqn, kfac, tkfac, mbf, adam, sgdm, rmsprop, muon",
+        ),
         ("framework", "torch", "one of linen, nnx"),
         ("split", "even", "one of sqrt_t, sqrt"),
         ("fallback_learning_rate", 0.0, "above 0"),

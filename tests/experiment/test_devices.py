@@ -92,6 +92,27 @@ def test_each_microbatch_has_random_keys_of_its_own():
         np.testing.assert_array_equal(got, want)
 
 
+def test_each_microbatch_draws_targets_of_its_own():
+    update = lambda grads, state, params, *, curvature_fn: (  # noqa: E731
+        optax.tree.zeros_like(params),
+        curvature_fn(params, moments=[]).loss,
+    )
+    transformation = optax.GradientTransformationExtraArgs(lambda params: jnp.zeros(()), update)
+    optimizer = Optimizer(transformation, takes_curvature=True, draws_targets=True)
+    examples, (params, _) = jnp.asarray(tiny.dataset().train[:8]), tiny.PROBLEM.init(0)
+    step = jax.jit(steps.make_step(tiny.PROBLEM, optimizer, 0, microbatches=2))
+    before = steps.initial_state(optimizer, params, (), seed=3)
+    after, loss = step(before, examples, np.arange(8))
+    drawn, following = jax.random.split(before.key)
+    expected = [
+        tiny.PROBLEM.loss(params, examples[part::2], (), key)[0]
+        for part, key in enumerate(jax.random.split(drawn, 2))
+    ]
+    np.testing.assert_allclose(after.opt_state, np.mean(expected), rtol=1e-5)
+    assert abs(after.opt_state - loss) > 1e-3  # that of the data's targets is another
+    np.testing.assert_array_equal(*map(jax.random.key_data, (after.key, following)))
+
+
 def keys(model_state):
     leaves = jax.tree.leaves(model_state)
     return [

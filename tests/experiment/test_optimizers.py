@@ -16,9 +16,8 @@ DECAYED = G + TAU * W  # 2.05
 
 def _two_steps(name):
     config = tiny.config(optimizer=name, learning_rate=LR, weight_decay=TAU, momentum=0.7)
-    tx, takes_curvature, warm_starts = optimizers.make_optimizer(config)
-    assert not takes_curvature
-    assert not warm_starts
+    tx, *needs = optimizers.make_optimizer(config)
+    assert not any(needs)
     params = jnp.full((3,), W, jnp.float32)
     grads = jnp.full((3,), G, jnp.float32)
     state = tx.init(params)
@@ -68,7 +67,12 @@ OWN = {
     "kbfgs": {"factor_decay": 0.13},
     "kbfgs_l": {"factor_decay": 0.13, "memory_size": 7},
     "kfqn": {"split": "sqrt"},
+    "kfac": {"factor_decay": 0.13, "inverse_every": 19},
+    "tkfac": {"factor_decay": 0.13, "inverse_every": 19},
+    "mbf": {"factor_decay": 0.13, "inverse_every": 19},
 }
+LACKING = {name: {"pair_decay", "powell"} for name in ("kfac", "tkfac")}
+LACKING["mbf"] = {"pair_decay", "powell", "norm_constraint"}
 
 
 @pytest.mark.parametrize("name", OWN)
@@ -77,14 +81,17 @@ def test_kbfgs_and_its_kin_get_every_number(monkeypatch, name):
     monkeypatch.setattr(optimizers.kfqn, name, lambda **k: calls.append(k), raising=False)
     config = tiny.config(optimizer=name, **NUMBERS, **OWN[name])
     made = optimizers.make_optimizer(config, lambda: ("the layers",))
-    assert made.takes_curvature
-    assert made.warm_starts == (name != "kfqn")
+    assert made.takes_curvature == (name != "mbf")
+    assert made.warm_starts == (name not in ("kfqn", "mbf"))
+    assert made.draws_targets == (name in ("kfac", "tkfac"))
     config.norm_constraint = 0.0
     optimizers.make_optimizer(config)
     limited, unlimited = ({**call, "fallback": None} for call in calls)
     expected = NUMBERS | OWN[name] | {"fallback": None}
+    expected = {k: v for k, v in expected.items() if k not in LACKING.get(name, set())}
+    without = {"norm_constraint": None} if "norm_constraint" in expected else {}
     assert limited == expected | {"layers": ("the layers",)}
-    assert unlimited == expected | {"layers": None, "norm_constraint": None}
+    assert unlimited == expected | {"layers": None} | without
 
 
 def test_layers_left_to_the_fallback(monkeypatch):

@@ -89,3 +89,16 @@ def test_squared_norm_counts_biases():
     leaves = [np.asarray(leaf, np.float64) for leaf in jax.tree.leaves(params)]
     assert len(leaves) == 8
     np.testing.assert_allclose(squared_norm(params), sum((x**2).sum() for x in leaves), rtol=1e-6)
+
+
+@pytest.mark.parametrize("binary", [True, False])
+def test_a_key_draws_the_targets_from_the_outputs(images, binary):
+    """The mean gradient at the outputs vanishes: that of the drawn loss has mean 0 there."""
+    problem = AutoencoderProblem((12, 2, 12), binary)
+    params, _ = problem.init(0)
+    many = np.repeat(images[:1], 4000, axis=0)
+    drawn = jax.jit(jax.grad(lambda p, key: problem.loss(p, many, (), key)[0]))
+    bias = drawn(params, jax.random.key(1))["params"]["Dense_1"]["bias"]
+    plain = jax.grad(lambda p: problem.loss(p, many)[0])(params)["params"]["Dense_1"]["bias"]
+    assert np.abs(bias).max() < 0.06 < np.abs(plain).max()
+    assert np.abs(bias).max() > 0

@@ -90,8 +90,9 @@ def _assert_same(whole, broken):
         (5, {"problem": "char_transformer"}),
         (7, {"problem": "char_transformer", "framework": "nnx"}),
         (3, {"problem": "fashion_mnist_cnn"}),
+        (5, {"optimizer": "kfac"}),
     ],
-    ids=["kbfgs_l", "end-of-epoch", "random-keys", "nnx", "batch-norm"],
+    ids=["kbfgs_l", "end-of-epoch", "random-keys", "nnx", "batch-norm", "drawn-targets"],
 )
 def test_stopped_by_sigterm_and_continued(tmp_path, monkeypatch, step, values):
     config = _config(**{"epochs": 2} | values)

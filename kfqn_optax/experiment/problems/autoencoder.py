@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import optax
 from flax import linen as nn
 
+import kfqn_optax as kfqn
 from kfqn_optax.experiment.problems.problem import LinenProblem, ModelState, Params
 
 
@@ -98,18 +99,32 @@ class AutoencoderProblem(LinenProblem):
             pixels. For binary problems the squared error is that of sigmoid(output).
         """
         del model_state
-        outputs = jnp.asarray(self.model().apply(params, batch))
-        if self.binary:
-            losses = optax.sigmoid_binary_cross_entropy(outputs, batch).sum(axis=-1)
-            return losses, jnp.square(jax.nn.sigmoid(outputs) - batch).mean(axis=-1)
-        squares = jnp.square(outputs - batch)
-        return 0.5 * squares.sum(axis=-1), squares.mean(axis=-1)
+        outputs = self._outputs(params, batch)
+        predicted = jax.nn.sigmoid(outputs) if self.binary else outputs
+        return self._losses(outputs, batch), jnp.square(predicted - batch).mean(axis=-1)
 
     def loss(
-        self, params: Params, batch: jax.Array, model_state: ModelState = ()
+        self,
+        params: Params,
+        batch: jax.Array,
+        model_state: ModelState = (),
+        key: jax.Array | None = None,
     ) -> tuple[jax.Array, ModelState]:
         """See `Problem`."""
-        return self.errors(params, batch)[0].mean(), model_state
+        outputs, targets = self._outputs(params, batch), batch
+        if key is not None:
+            draw = kfqn.sample_bernoulli if self.binary else kfqn.sample_normal
+            targets = draw(key, outputs)
+        return self._losses(outputs, targets).mean(), model_state
+
+    def _outputs(self, params: Params, batch: jax.Array) -> jax.Array:
+        return jnp.asarray(self.model().apply(params, batch))
+
+    def _losses(self, outputs: jax.Array, targets: jax.Array) -> jax.Array:
+        """The loss of each image, [batch]."""
+        if self.binary:
+            return optax.sigmoid_binary_cross_entropy(outputs, targets).sum(axis=-1)
+        return 0.5 * jnp.square(outputs - targets).sum(axis=-1)
 
     def misfit(self, batch: jax.Array) -> str:
         """See `Problem`."""

@@ -36,6 +36,11 @@ def cross_entropy(logits: jax.Array, labels: jax.Array) -> tuple[jax.Array, jax.
     return losses.mean(axis=positions), right.mean(axis=positions)
 
 
+def labels_for(logits: jax.Array, labels: jax.Array, key: jax.Array | None) -> jax.Array:
+    """Returns the labels; with a key, labels drawn from the softmax of the logits."""
+    return labels if key is None else kfqn.sample_categorical(key, logits)
+
+
 class _Classifier:
     """What is the same in both frameworks."""
 
@@ -81,7 +86,7 @@ class LinenClassifier(_Classifier, LinenProblem):
         return {"params": variables["params"]}, LinenState(variables.get("batch_stats", {}), key)
 
     def loss(
-        self, params: Params, batch: Examples, model_state: LinenState
+        self, params: Params, batch: Examples, model_state: LinenState, key: jax.Array | None = None
     ) -> tuple[jax.Array, LinenState]:
         """See `Problem`."""
         inputs, labels = batch
@@ -94,7 +99,7 @@ class LinenClassifier(_Classifier, LinenProblem):
             rngs={"dropout": dropout_key},
         )
         logits, updated = result
-        losses, _ = cross_entropy(logits, labels)
+        losses, _ = cross_entropy(logits, labels_for(logits, labels, key))
         return losses.mean(), LinenState(updated.get("batch_stats", {}), next_key)
 
     def errors(
@@ -149,18 +154,19 @@ class NnxClassifier(_Classifier):
         return nnx.merge(model_state.graph, params, model_state.rest, copy=True)
 
     @staticmethod
-    def model_loss(model: Any, batch: Examples) -> jax.Array:
+    def model_loss(model: Any, batch: Examples, key: jax.Array | None = None) -> jax.Array:
         """Returns the mean loss of a batch; it changes the model's averages and counts."""
         inputs, labels = batch
-        losses, _ = cross_entropy(model(inputs), labels)
+        logits = model(inputs)
+        losses, _ = cross_entropy(logits, labels_for(logits, labels, key))
         return losses.mean()
 
     def loss(
-        self, params: Params, batch: Examples, model_state: NnxState
+        self, params: Params, batch: Examples, model_state: NnxState, key: jax.Array | None = None
     ) -> tuple[jax.Array, NnxState]:
         """See `Problem`."""
         model = self.model(params, model_state)
-        loss = self.model_loss(model, batch)
+        loss = self.model_loss(model, batch, key)
         _, _, rest = nnx.split(model, nnx.Param, ...)
         return loss, NnxState(model_state.graph, rest)
 
@@ -174,10 +180,11 @@ class NnxClassifier(_Classifier):
         return cross_entropy(model(inputs), labels)
 
     def curvature_fn(
-        self, params: Params, batch: Examples, model_state: NnxState
+        self, params: Params, batch: Examples, model_state: NnxState, key: jax.Array | None = None
     ) -> Callable[[Params], kfqn.Statistics]:
         """See `Problem`."""
-        return kfqn.nnx_curvature_fn(self.model_loss, self.model(params, model_state), batch)
+        model = self.model(params, model_state)
+        return kfqn.nnx_curvature_fn(self.model_loss, model, batch, key)
 
     def layers(
         self, params: Params, batch: Examples, model_state: NnxState
@@ -186,8 +193,13 @@ class NnxClassifier(_Classifier):
         return kfqn.find_nnx_layers(self.model_loss, self.model(params, model_state), batch)
 
     def warm_start(
-        self, opt_state: Any, params: Params, batches: Iterable[Examples], model_state: NnxState
+        self,
+        opt_state: Any,
+        params: Params,
+        batches: Iterable[tuple[Examples, jax.Array | None]],
+        model_state: NnxState,
     ) -> Any:
         """See `Problem`."""
         model = self.model(params, model_state)
-        return kfqn.warm_start(opt_state, self.model_loss, model, ((batch,) for batch in batches))
+        arguments = ((batch, key) for batch, key in batches)
+        return kfqn.warm_start(opt_state, self.model_loss, model, arguments)

@@ -4,7 +4,8 @@ A problem is a network and a loss, as pure functions. What the network keeps bes
 running averages of batch norm and random keys, is its *model state*: a pass with the loss takes it
 and returns the next one. The gradient pass of a step decides how it goes on; the passes that
 measure curvature start from the same state, so they see the same dropout masks, and what they
-return is dropped.
+return is dropped. Given a random key, those passes draw the targets from the model's own output
+distribution, the one whose negative log-likelihood the loss is.
 
 A batch is a pytree of arrays with the examples along the first axis of each.
 """
@@ -44,11 +45,12 @@ class Problem(Protocol):
         ...
 
     def loss(
-        self, params: Params, batch: Batch, model_state: ModelState
+        self, params: Params, batch: Batch, model_state: ModelState, key: jax.Array | None = None
     ) -> tuple[jax.Array, ModelState]:
         """Returns the mean loss of a batch in training, and the next model state.
 
-        Without weight decay: it is what the optimizers are given.
+        Without weight decay: it is what the optimizers are given. With a key, of targets drawn from
+        the model in the place of the batch's.
         """
         ...
 
@@ -59,9 +61,9 @@ class Problem(Protocol):
         ...
 
     def curvature_fn(
-        self, params: Params, batch: Batch, model_state: ModelState
+        self, params: Params, batch: Batch, model_state: ModelState, key: jax.Array | None = None
     ) -> Callable[[Params], kfqn.Statistics]:
-        """Returns the extra argument of a K-BFGS update."""
+        """Returns the extra argument of an update; with a key, of drawn targets."""
         ...
 
     def layers(
@@ -71,9 +73,16 @@ class Problem(Protocol):
         ...
 
     def warm_start(
-        self, opt_state: Any, params: Params, batches: Iterable[Batch], model_state: ModelState
+        self,
+        opt_state: Any,
+        params: Params,
+        batches: Iterable[tuple[Batch, jax.Array | None]],
+        model_state: ModelState,
     ) -> Any:
-        """Returns the optimizer state with second moments averaged over batches."""
+        """Returns the optimizer state with second moments averaged over batches.
+
+        With each batch comes a key to draw its targets from, or None.
+        """
         ...
 
     def misfit(self, batch: Batch) -> str:
@@ -86,15 +95,15 @@ class LinenProblem(abc.ABC):
 
     @abc.abstractmethod
     def loss(
-        self, params: Params, batch: Batch, model_state: ModelState
+        self, params: Params, batch: Batch, model_state: ModelState, key: jax.Array | None = None
     ) -> tuple[jax.Array, ModelState]:
         """See `Problem`."""
 
     def curvature_fn(
-        self, params: Params, batch: Batch, model_state: ModelState
+        self, params: Params, batch: Batch, model_state: ModelState, key: jax.Array | None = None
     ) -> Callable[[Params], kfqn.Statistics]:
         """See `Problem`."""
-        return kfqn.curvature_fn(self.loss, params, batch, model_state)
+        return kfqn.curvature_fn(self.loss, params, batch, model_state, key)
 
     def layers(
         self, params: Params, batch: Batch, model_state: ModelState
@@ -103,10 +112,14 @@ class LinenProblem(abc.ABC):
         return kfqn.find_layers(self.loss, params, batch, model_state)
 
     def warm_start(
-        self, opt_state: Any, params: Params, batches: Iterable[Batch], model_state: ModelState
+        self,
+        opt_state: Any,
+        params: Params,
+        batches: Iterable[tuple[Batch, jax.Array | None]],
+        model_state: ModelState,
     ) -> Any:
         """See `Problem`."""
-        arguments = ((batch, model_state) for batch in batches)
+        arguments = ((batch, model_state, key) for batch, key in batches)
         return kfqn.warm_start(opt_state, self.loss, params, arguments)
 
 
