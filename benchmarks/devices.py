@@ -31,7 +31,8 @@ def row(name, double, single):
     )
     state = f"{single['state_bytes'] / 1e6:.2f} MB" if "state_bytes" in single else ""
     errors = f"{double['params']:.0e} | {single['params']:.0e}"
-    print(f"| {name} | {errors} | {sent or 'none'} | {state} |", flush=True)
+    sent = sent or ("none" if "collectives" in single else "")
+    print(f"| {name} | {errors} | {sent} | {state} |", flush=True)
 
 
 def main():

@@ -123,7 +123,8 @@ def sharded(
         >>> tx = kfqn.sharded(kfqn.kbfgs(0.1), mesh, "data")
         >>> params = {"kernel": jnp.ones((40, 40)), "bias": jnp.ones(40)}
         >>> state = tx.init(params)
-        >>> print(kfqn.summary(kfqn.whole_state(state), params).splitlines()[2][:40])
+        >>> len(jax.tree.leaves(kfqn.whole_state(state))) == len(jax.tree.leaves(state))
+        True
     """
     inner = optax.with_extra_args_support(tx)
 
