@@ -26,7 +26,7 @@ SIDES = [(13, 40), (41, 7)]
 def eight():
     return run(
         {
-            "ways": ["jit", "shard_map", "spread"],
+            "ways": ["jit", "spread"],
             "widths": WIDTHS,
             "batch": BATCH,
             "steps": STEPS,
@@ -41,11 +41,10 @@ def two_processes():
     return run(
         {
             "ways": ["shard_map"],
-            "widths": [5, 6, 3],
-            "batch": 16,
+            "widths": WIDTHS,
+            "batch": BATCH,
             "steps": STEPS,
             "dtypes": ["float64"],
-            "method": "kfqn",
         },
         devices=2,
         processes=2,
@@ -58,7 +57,7 @@ def assert_same(report, way):
     assert report[way]["factors"] < 1e-12
 
 
-@pytest.mark.parametrize("way", ["jit", "shard_map", "spread"])
+@pytest.mark.parametrize("way", ["jit", "spread"])
 def test_eight_devices_are_one(eight, way):
     assert eight["devices"] == 8
     assert_same(eight["float64"], way)
@@ -71,9 +70,10 @@ def test_two_processes_are_one_device(two_processes):
 
 
 @pytest.mark.parametrize("way", ["jit", "shard_map"])
-def test_a_step_sends_gradient_and_statistics_and_little_else(eight, way):
+def test_a_step_sends_gradient_and_statistics_and_little_else(eight, two_processes, way):
     """In three all-reduces at most: the second after the probe."""
-    sent = eight["float64"][way]["collectives"]
+    report = eight if way == "jit" else two_processes[0]
+    sent = report["float64"][way]["collectives"]
     assert set(sent) == {"all-reduce"}
     number, size = sent["all-reduce"]
     assert number <= 3
