@@ -18,13 +18,16 @@ REFUSED = {
     "line_search": (TypeError, r"not consumed by `value_fn`: \['curvature_fn'\]"),
 }
 CHECKS = {check.__name__: check for check in contract.CHECKS.values()}
+slow = pytest.mark.slow
+# The three share one step; two of them are checked by `make test-slow`.
+NAMES = ["kbfgs", *(pytest.param(name, marks=slow) for name in OURS if name != "kbfgs")]
 HERE = [check for name, check in CHECKS.items() if name not in contract.ON_DEVICES]
 
 
 # --- the rows of the table ------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", OURS)
+@pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize(
     "check",
     [c for c in HERE if c.__name__ not in {"common_test", *REFUSED}],
@@ -56,7 +59,7 @@ COMMON = [
 
 
 @pytest.mark.parametrize("test", COMMON)
-@pytest.mark.parametrize("name", OURS)
+@pytest.mark.parametrize("name", NAMES)
 def test_what_optax_asks_of_contributed_optimizers(name, test):
     contract.one_common_test(OURS[name], test)
 
@@ -72,6 +75,7 @@ def devices():
     return contract.on_devices(list(OURS), checks)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", OURS)
 def test_eight_devices(devices, name):
     for check in [*contract.ON_DEVICES, "local_statistics", "checked_shard_map"]:

@@ -12,6 +12,8 @@ from test_kinds import F64, curved_loss, image, measure, setup
 
 import kfqn_optax as kfqn
 
+SLOW = pytest.mark.slow
+
 LENGTH = 3
 
 
@@ -94,7 +96,7 @@ class Blocks(nn.Module):
         return stack(name="blocks")(x, None)[0]
 
 
-@pytest.mark.parametrize("how", ["scan", "scan and remat"])
+@pytest.mark.parametrize("how", [pytest.param("scan", marks=SLOW), "scan and remat"])
 def test_a_scanned_stack_of_several_kinds(how):
     """Statistics of each, and the weights after three steps, as of the layers written out."""
     x = image(5, 4)

@@ -12,7 +12,7 @@ from models import Mlp, loss_of, problem, relative
 from steps import CURVATURE, batches_for, close, layers_of, matrices, step_of
 
 import kfqn_optax as kfqn
-from kfqn_optax import inverse
+from kfqn_optax import inverse, layer_state
 
 LR, DAMPING = 0.3, 0.2
 
@@ -119,22 +119,23 @@ def test_kbfgs_l_is_kbfgs_until_the_memory_is_full(memory, seed, damping):
 
 
 def test_state_sizes():
-    """K-BFGS(L) keeps 2 p d_out numbers and small matrices, KF-QN keeps no A."""
+    """(d_in + 1)^2 for each of A and H_a, d_out^2, and O(d): KF-QN keeps no A, K-BFGS(L) pairs."""
     _, params, *_ = problem(widths=(400, 300), d_in=5)
-    size = {}
-    for name, tx in {
-        "kbfgs": kfqn.scale_by_kbfgs(LR),
-        "kbfgs_l": kfqn.scale_by_kbfgs_l(LR, memory_size=7),
-        "kfqn": kfqn.scale_by_kfqn(LR),
-    }.items():
-        state = tx.init(params)
-        size[name] = sum(leaf.size for leaf in jax.tree.leaves(state.layers))
-    d_in, d_out, averages = [6, 401], [400, 300], 2 * 700 + 2 * 6  # s, y; six scalars a layer
-    squares = sum(d * d for d in d_in)
-    assert size["kbfgs"] == 2 * squares + sum(d * d for d in d_out) + averages
-    assert size["kfqn"] == squares + sum(d * d for d in d_out) + averages
-    memory = sum(2 * 7 * d + 7 + 7 * 7 + 1 for d in d_out)
-    assert size["kbfgs_l"] == 2 * squares + memory + averages
+    d_in, d_out, memory = [6, 401], [400, 300], 7
+    squares, wide = sum(d * d for d in d_in), sum(d * d for d in d_out)
+    kept = 2 * sum(d_out) + 2 * (6 + len(layer_state.COLUMNS))  # s, y; six scalars and the counts
+    pairs = sum(2 * memory * d + memory + memory**2 + 1 for d in d_out)
+    for name, tx, expected in (
+        ("kbfgs", kfqn.kbfgs(LR), 2 * squares + wide),
+        ("kbfgs_l", kfqn.kbfgs_l(LR, memory_size=memory), 2 * squares + pairs),
+        ("kfqn", kfqn.kfqn(LR), squares + wide),
+    ):
+        size = sum(leaf.size for leaf in jax.tree.leaves(optax.tree.get(tx.init(params), "layers")))
+        assert size == expected + kept, name
+        momentum = sum(leaf.size for leaf in jax.tree.leaves(params))
+        whole = sum(leaf.size for leaf in jax.tree.leaves(tx.init(params)))
+        assert whole <= size + momentum + 8
+        print(f"{name}: {size} numbers for layers {d_in} to {d_out}")
 
 
 @pytest.mark.parametrize("method", [kfqn.scale_by_kbfgs, kfqn.scale_by_kbfgs_l, kfqn.scale_by_kfqn])

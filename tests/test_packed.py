@@ -32,7 +32,7 @@ def combine(one, other):
     return x * jnp.dot(x, y) + a * y, jnp.sum(x) + b, a > b
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=6, deadline=None)
 @given(SHAPES, st.integers(0, 1000))
 def test_a_map_over_rows_is_a_map_over_layers(shapes, seed):
     first, second = trees(shapes, seed), trees(shapes, seed + 1)
@@ -46,7 +46,7 @@ def test_a_map_over_rows_is_a_map_over_layers(shapes, seed):
             np.testing.assert_allclose(ours, expected, rtol=1e-12, atol=1e-12)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(SHAPES, st.integers(0, 1000))
 def test_unpack_undoes_pack(shapes, seed):
     tree = trees(shapes, seed)

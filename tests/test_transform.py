@@ -89,7 +89,10 @@ def test_one_step_of_a_layer_without_bias_by_hand():
 # --- types and compilations -----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32, jnp.float64])
+@pytest.mark.parametrize(
+    "dtype",
+    [jnp.bfloat16, pytest.param(jnp.float16, marks=pytest.mark.slow), jnp.float32, jnp.float64],
+)
 def test_types_stay_and_one_program_serves_all_steps(dtype):
     loss_fn, params, *_ = problem(dtype=dtype)
     tx = kfqn.kbfgs(0.1, weight_decay=0.01)

@@ -88,9 +88,11 @@ def _assert_same(whole, broken):
         (6, {"optimizer": "kbfgs_l", "memory_size": 3}),
         (4, {"optimizer": "muon"}),
         (5, {"problem": "char_transformer"}),
-        (7, {"problem": "char_transformer", "framework": "nnx"}),
+        pytest.param(
+            7, {"problem": "char_transformer", "framework": "nnx"}, marks=pytest.mark.slow
+        ),
         (3, {"problem": "fashion_mnist_cnn"}),
-        (5, {"optimizer": "kfac"}),
+        pytest.param(5, {"optimizer": "kfac"}, marks=pytest.mark.slow),
     ],
     ids=["kbfgs_l", "end-of-epoch", "random-keys", "nnx", "batch-norm", "drawn-targets"],
 )

@@ -47,4 +47,5 @@ def main(folder):
     print(json.dumps(report))
 
 
-main(*sys.argv[1:])
+if __name__ == "__main__":
+    main(*sys.argv[1:])
