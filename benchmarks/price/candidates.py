@@ -71,8 +71,8 @@ MAIN = {
     "kbfgs_l": _ours(kfqn.kbfgs_l, output=100),
     "kfqn": _ours(kfqn.kfqn, moment=False),
     "kfqn, a tenth": _ours(kfqn.kfqn, 0.1, moment=False),
-    "kfqn, a tenth, 20 pairs out": _ours(kfqn.kfqn, 0.1, moment=False, output_memory=20),
-    "fast": _ours(kfqn.kfqn, 0.1, moment=False, output_memory=20, update_every=2),
+    "fast": _ours(kfqn.kfqn, 0.1, moment=False, output_memory=20),
+    "fast, every 2nd step": _ours(kfqn.kfqn, 0.1, moment=False, output_memory=20, update_every=2),
     "kbfgs, factors kept": _ours(kfqn.kbfgs, None),
 }
 MORE = {
