@@ -47,7 +47,7 @@ demo: $(VENV)/.installed-experiment
 	$(BIN)/kfqn-compare $(DEMO)/kbfgs $(DEMO)/adam --output $(DEMO)/compare.png
 
 test: $(VENV)/.installed-experiment+test
-	$(BIN)/python -m pytest -n $(WORKERS)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
 test-fast: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -n $(WORKERS) --ignore=tests/experiment --ignore=kfqn_optax/experiment

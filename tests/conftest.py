@@ -17,7 +17,7 @@ jax.config.update("jax_disable_most_optimizations", True)
 SHARED = Path(__file__).parents[1].parent / "shared"
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def golden():
     """A function from a case's name to the recording of the authors' code (NumPy archive)."""
     import numpy as np

@@ -8,7 +8,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from conftest import SHARED
 from models import Mlp, loss_of, problem, relative
 from nets import NET, batch_of, embedding_layer, net_loss, rows_of
 from steps import close, equal, matrices, random_like, types
@@ -20,12 +19,9 @@ from kfqn_optax.layers import named_leaves, to_matrix
 
 
 @pytest.fixture(scope="module")
-def replayed():
+def replayed(golden):
     """The recording, and our free run beside it: state before and after, updates and params."""
-    path = SHARED / "golden" / "kfac_mse.npz"
-    if not path.exists():
-        pytest.skip(f"the recordings of the authors' code are not here: {path} is missing")
-    z = np.load(path)
+    z = golden("kfac_mse")
     meta = json.loads(str(z["meta"]))
     model = Mlp(meta["sizes"][1:], meta["activations"])
     loss_fn = loss_of(model, meta["loss"])
