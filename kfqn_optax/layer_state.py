@@ -13,7 +13,7 @@ import numpy as np
 from kfqn_optax import bfgs, lbfgs, pairs
 from kfqn_optax.inverse import Diagonal, Factor
 from kfqn_optax.layers import Layer
-from kfqn_optax.options import LARGE_MEMORY, MAX_FACTOR_DIM, Options, known_size
+from kfqn_optax.options import LARGE_MEMORY, Options, known_size, longest_side
 
 # Stages of a layer: where its second moment A comes from.
 EMPTY = 0  # A holds nothing yet; the first batch will fill it
@@ -75,8 +75,7 @@ class LayerState(NamedTuple):
 def init(layer: Layer, dtype: Any, options: Options) -> LayerState:
     """Both factors the identity, all averages 0."""
     d_in, d_out = layer.d_in, layer.d_out
-    given = options.max_factor_dim
-    longest = MAX_FACTOR_DIM if given is None else known_size("max_factor_dim", given)
+    longest = longest_side(options.max_factor_dim)
 
     def factor(d: int, memory: Any) -> Factor:
         if memory is None and d > longest:

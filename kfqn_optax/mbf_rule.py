@@ -17,17 +17,17 @@ from kfqn_optax.layers import Layer, named_leaves
 from kfqn_optax.mini_block import MiniBlockState
 from kfqn_optax.optimizer import whole
 from kfqn_optax.options import (
-    MAX_FACTOR_DIM,
     Number,
     ScalarOrSchedule,
     check,
     check_decay,
     check_size,
-    known_size,
+    inverses_due,
+    longest_side,
     value_at,
 )
 from kfqn_optax.statistics import running_average
-from kfqn_optax.transform import is_placeholder, layers_present, like
+from kfqn_optax.transform import is_placeholder, layers_present, like, placeholder_state
 
 
 class ScaleByMBFState(NamedTuple):
@@ -91,11 +91,9 @@ def scale_by_mbf(
 
     def init_fn(params: Any) -> ScaleByMBFState:
         if is_placeholder(params):
-            count = jax.ShapeDtypeStruct((), jnp.int32)
-            none: Any = jax.eval_shape(
-                lambda: {x.path: mini_block.init(x, jnp.float32) for x in given or ()}
+            return placeholder_state(
+                ScaleByMBFState, given, lambda layer: mini_block.init(layer, jnp.float32)
             )
-            return ScaleByMBFState(cast(Any, count), cast(Any, count) if given is None else none)
         leaves = named_leaves(params)
         checks.check_real(leaves)
         present = layers_present(given, leaves)
@@ -118,8 +116,6 @@ def scale_by_mbf(
         if not present:
             return updates, ScaleByMBFState(count, state.layers)
         damped = jnp.asarray(value_at(damping, state.count))
-        every = jnp.asarray(inverse_every).astype(jnp.int32)
-        due = (state.count <= every) | (state.count % every == 0)
 
         G = {layer.path: layers_lib.to_matrix(layer, gradients) for layer in present}
         M = {
@@ -135,7 +131,7 @@ def scale_by_mbf(
             for layer in present
         }
         K = jax.lax.cond(
-            due,
+            inverses_due(state.count, inverse_every),
             lambda: mini_block.inverses(present, state.layers, F, damped),
             lambda: {path: state.layers[path].inverse for path in F},
         )
@@ -210,8 +206,7 @@ def _without_conv_bias(layers: Iterable[Layer] | None) -> tuple[Layer, ...] | No
 
 
 def _check_layers(present: Iterable[Layer], max_factor_dim: Number | None) -> None:
-    given = max_factor_dim
-    longest = MAX_FACTOR_DIM if given is None else known_size("max_factor_dim", given)
+    longest = longest_side(max_factor_dim)
     advice = "Leave it out with layers=, and it goes to the fallback."
     for layer in present:
         if layer.lookup:

@@ -21,17 +21,17 @@ from kfqn_optax.direction import precondition
 from kfqn_optax.layers import Layer, named_leaves
 from kfqn_optax.moments import Damped, Moments, MomentState
 from kfqn_optax.options import (
-    MAX_FACTOR_DIM,
     Number,
     ScalarOrSchedule,
     check,
     check_decay,
     check_size,
-    known_size,
+    inverses_due,
+    longest_side,
     value_at,
 )
 from kfqn_optax.statistics import CurvatureFn, LayerStatistics
-from kfqn_optax.transform import is_placeholder, layers_present, like
+from kfqn_optax.transform import is_placeholder, layers_present, like, placeholder_state
 
 
 class ScaleByKFACState(NamedTuple):
@@ -114,7 +114,9 @@ def natural_gradient(
 
     def init_fn(params: Any) -> ScaleByKFACState:
         if is_placeholder(params):
-            return _placeholder_state(rule, given)
+            return placeholder_state(
+                rule.state, given, lambda layer: moments_lib.init(layer, jnp.float32)
+            )
         leaves = named_leaves(params)
         checks.check_real(leaves)
         present = layers_present(given, leaves)
@@ -169,14 +171,12 @@ def natural_gradient(
         }
 
         # Inverses, if this is a step for them: this batch is in them already.
-        every = jnp.asarray(settings.inverse_every).astype(jnp.int32)
-        due = (state.count <= every) | (state.count % every == 0)
         states = moments_lib.refresh(
             present,
             state.layers,
             states,
             lambda A, G: damped(A, G, root.astype(G.dtype)),
-            due,
+            inverses_due(state.count, settings.inverse_every),
         )
 
         lr = value_at(settings.learning_rate, state.count)
@@ -199,8 +199,7 @@ def _moments(rule: Rule, path: str, measured: LayerStatistics) -> Moments:
 
 def _check_layers(rule: Rule, settings: Settings, present: Sequence[Layer]) -> None:
     """Refuses layers whose factors cannot be kept as matrices."""
-    given = settings.max_factor_dim
-    longest = MAX_FACTOR_DIM if given is None else known_size("max_factor_dim", given)
+    longest = longest_side(settings.max_factor_dim)
     advice = "Leave it out with layers=, and it goes to the fallback."
     for layer in present:
         if layer.lookup and not rule.lookups:
@@ -214,13 +213,3 @@ def _check_layers(rule: Rule, settings: Settings, present: Sequence[Layer]) -> N
                 f"layer {layer.path!r} has a side of length {max(sides)}, for which {rule.name} "
                 f"would keep two matrices of that size; max_factor_dim is {longest}. {advice}"
             )
-
-
-def _placeholder_state(rule: Rule, given: tuple[Layer, ...] | None) -> Any:
-    """A state of the right structure, none of it parameters; see `transform`."""
-
-    def init() -> dict[str, MomentState]:
-        return {layer.path: moments_lib.init(layer, jnp.float32) for layer in given or ()}
-
-    count = jax.ShapeDtypeStruct((), jnp.int32)
-    return rule.state(cast(Any, count), cast(Any, count) if given is None else jax.eval_shape(init))

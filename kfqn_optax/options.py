@@ -117,6 +117,19 @@ def known(value: Number) -> Number | None:
     return None if isinstance(value, jax.core.Tracer) else float(value)
 
 
+def longest_side(max_factor_dim: Number | None) -> int:
+    """The longest side of a layer that may have a matrix; None stands for `MAX_FACTOR_DIM`."""
+    return (
+        MAX_FACTOR_DIM if max_factor_dim is None else known_size("max_factor_dim", max_factor_dim)
+    )
+
+
+def inverses_due(count: jax.Array, every: Number) -> jax.Array:
+    """Whether all inverses are made in step ``count``: steps 0 to k, then each k-th."""
+    every = jnp.asarray(every).astype(jnp.int32)
+    return (count <= every) | (count % every == 0)
+
+
 def check_decay(name: str, value: Number) -> None:
     """Raises unless ``value`` is a usable decay of a running average."""
     check(name, value, lambda v: 0 <= v < 1, "at least 0 and below 1")

@@ -48,7 +48,11 @@ def quasi_newton(
 
     def init_fn(params: Any) -> ScaleByKBFGSState:
         if is_placeholder(params):
-            return _placeholder_state(given, options)
+            return placeholder_state(
+                ScaleByKBFGSState,
+                given,
+                lambda layer: layer_state.init(layer, jnp.float32, options),
+            )
         leaves = named_leaves(params)
         checks.check_real(leaves)
         present = layers_present(given, leaves)
@@ -245,19 +249,22 @@ def is_placeholder(params: Any) -> bool:
     return not container and layers_lib.is_hole(params)
 
 
-def _placeholder_state(given: tuple[Layer, ...] | None, options: Options) -> Any:
+def placeholder_state(
+    state: Callable[..., Any], given: tuple[Layer, ...] | None, init: Callable[[Layer], Any]
+) -> Any:
     """A state of the right structure, none of it parameters.
 
     Which layers there are is known only if they were given; else one leaf stands for them all.
+
+    Args:
+        state: its class, of a count and the layers.
+        given: the layers, if they are known.
+        init: what is kept of a layer.
     """
-
-    def init() -> dict[str, LayerState]:
-        return {layer.path: layer_state.init(layer, jnp.float32, options) for layer in given or ()}
-
     count = jax.ShapeDtypeStruct((), jnp.int32)
-    return ScaleByKBFGSState(
-        cast(Any, count), cast(Any, count) if given is None else jax.eval_shape(init)
-    )
+    if given is None:
+        return state(count, count)
+    return state(count, jax.eval_shape(lambda: {layer.path: init(layer) for layer in given}))
 
 
 def like(tree: Any, leaves: dict[str, jax.Array], dtypes: Any) -> Any:

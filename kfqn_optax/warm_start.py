@@ -18,7 +18,7 @@ from kfqn_optax.layers import some
 from kfqn_optax.lbfgs import Memory
 from kfqn_optax.loss import LossFn, split_arrays
 from kfqn_optax.natural import ScaleByKFACState
-from kfqn_optax.statistics import LayerStatistics
+from kfqn_optax.statistics import LayerStatistics, is_usable
 from kfqn_optax.transform import ScaleByKBFGSState
 
 _RULES = {rule.state: rule for rule in (kfac_rule.RULE, tkfac_rule.RULE)}
@@ -154,7 +154,7 @@ def _averages(
 def _check_finite(side: str, moments: dict[str, jax.Array]) -> None:
     """Refuses second moments that no factor can be made of, unless they are traced."""
     usable = {
-        path: jnp.isfinite(jnp.sum(jnp.square(jnp.sum(jnp.abs(moment), axis=-1))))
+        path: is_usable(jnp.sum(jnp.abs(moment), axis=-1))
         for path, moment in moments.items()
         if not isinstance(moment, jax.core.Tracer)
     }
