@@ -1,0 +1,131 @@
+"""How long a step along a direction is: a model of the loss, and how far it is trusted.
+
+Along a direction P the loss is taken for a parabola,
+
+    loss(a) = loss(0) - a <G, P> + a^2 / 2 kappa <M, P>.
+
+``<M, P>`` is the curvature that the factors promise (P is ``H M``, so it is ``<P, H^-1 P>``), and
+kappa what the promise was worth in the last steps: each step is measured at its end anyway (the
+probe), so the parabola through loss, slope and loss at the end tells. The step goes to the minimum,
+but no farther than ``a^2 <M, P> <= radius``; and a step after which the loss is higher is not
+taken. The radius grows and shrinks as in any trust-region method (Nocedal and Wright, algorithm
+4.1), by the ratio of actual to predicted change.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+FIRST_RADIUS = 3.0
+MEMORY = 0.8  # decay of the average of log kappa
+LARGEST_CHANGE = 10.0  # of kappa in one step
+LONGEST = 10.0  # a at most
+
+
+class Trust(NamedTuple):
+    """What is remembered from step to step, all scalars.
+
+    Attributes:
+        radius: the most that ``a^2 <M, P>`` may be, in units of the loss.
+        kappa: curvature along the direction, as a multiple of what the factors promise.
+        steps: how many steps were measured, int32.
+        rejected: how many of them were not taken, int32.
+    """
+
+    radius: jax.Array
+    kappa: jax.Array
+    steps: jax.Array
+    rejected: jax.Array
+
+
+class Proposal(NamedTuple):
+    """A step that is proposed, all scalars.
+
+    Attributes:
+        length: a, the multiple of P, at least 0.
+        squared: a^2 <M, P>.
+    """
+
+    length: jax.Array
+    squared: jax.Array
+
+
+def init(dtype: jnp.dtype) -> Trust:
+    """Nothing measured yet."""
+    none = jnp.zeros((), jnp.int32)
+    return Trust(jnp.asarray(FIRST_RADIUS, dtype), jnp.ones((), dtype), none, none)
+
+
+def propose(trust: Trust, slope: jax.Array, curvature: jax.Array, scale: jax.Array) -> Proposal:
+    """How far to go along P.
+
+    Args:
+        trust: as the last step left it.
+        slope: <G, P>, what the loss falls by per unit of a at the start.
+        curvature: <M, P>, of the factors.
+        scale: the learning rate, by which the step to the minimum is multiplied.
+
+    Returns:
+        The step; of length 0 where the loss does not fall along P, or a number is not finite.
+    """
+    usable = (slope > 0) & (curvature > 0) & jnp.isfinite(slope) & jnp.isfinite(curvature)
+    curvature = jnp.where(usable, curvature, 1)
+    length = jnp.minimum(jnp.where(usable, slope, 0) / (trust.kappa * curvature), LONGEST) * scale
+    squared = length**2 * curvature
+    within = jnp.sqrt(trust.radius / jnp.where(squared > trust.radius, squared, trust.radius))
+    length = jnp.where(usable, length * within, 0)
+    return Proposal(length, length**2 * curvature)
+
+
+def judge(
+    trust: Trust, step: Proposal, slope: jax.Array, before: jax.Array, after: jax.Array
+) -> tuple[jax.Array, Trust]:
+    """Whether a step is taken, and what it taught.
+
+    Args:
+        trust: that the step was proposed with.
+        step: the proposal.
+        slope: <g, P> on the examples that the two losses are of.
+        before: their loss at the parameters.
+        after: their loss at the end of the step.
+
+    Returns:
+        Whether the step is taken; and what is remembered now. It is taken if the loss has not risen
+        by more than rounding. Where these few examples have a slope the other way, as they may
+        towards the end of a training, it is also taken if the loss has risen by no more than twice
+        what the parabola says. A step of length 0 changes nothing.
+    """
+    moved = step.length > 0
+    finite = jnp.isfinite(after) & jnp.isfinite(slope)
+    change, linear = after - before, -step.length * slope
+    predicted = linear + trust.kappa * step.squared / 2
+    rounding = 10 * jnp.finfo(before.dtype).eps * jnp.abs(before)
+    accepted = (change <= rounding) | ((linear > 0) & (change <= 2 * predicted))
+    accepted &= finite
+
+    squared = jnp.where(moved, step.squared, 1)
+    seen = 2 * (change - linear) / squared
+    seen = jnp.clip(seen, trust.kappa / LARGEST_CHANGE, trust.kappa * LARGEST_CHANGE)
+    decay = jnp.minimum(MEMORY, trust.steps / (trust.steps + 1.0)).astype(seen.dtype)
+    kappa = jnp.exp(decay * jnp.log(trust.kappa) + (1 - decay) * jnp.log(seen))
+
+    # Changes that are nothing but rounding are as predicted.
+    told = (predicted < 0) & (jnp.abs(change) > rounding)
+    ratio = jnp.where(told, change / jnp.where(told, predicted, -1), 1)
+    radius = jnp.where(
+        (ratio > 0.6) & (predicted < 0) & (step.squared > 0.8 * trust.radius),
+        trust.radius * 1.5,
+        trust.radius,
+    )
+    radius = jnp.where((ratio < 0.25) & (step.squared > 0.5 * trust.radius), radius / 1.5, radius)
+    radius = jnp.where(accepted, radius, jnp.minimum(trust.radius, step.squared) / 4)
+    radius = jnp.clip(radius, rounding, jnp.finfo(radius.dtype).max * jnp.finfo(radius.dtype).eps)
+
+    new = Trust(
+        radius=jnp.where(moved, radius, trust.radius).astype(trust.radius.dtype),
+        kappa=jnp.where(moved & finite, kappa, trust.kappa).astype(trust.kappa.dtype),
+        steps=trust.steps + moved,
+        rejected=trust.rejected + (moved & ~accepted),
+    )
+    return accepted & moved, new
