@@ -67,15 +67,18 @@ def propose(trust: Trust, slope: jax.Array, curvature: jax.Array, scale: jax.Arr
         scale: the learning rate, by which the step to the minimum is multiplied.
 
     Returns:
-        The step; of length 0 where the loss does not fall along P, or a number is not finite.
+        The step; of length 0 where the loss does not fall along P, where a number is not finite,
+        and where the step is too small to be computed with.
     """
     usable = (slope > 0) & (curvature > 0) & jnp.isfinite(slope) & jnp.isfinite(curvature)
     curvature = jnp.where(usable, curvature, 1)
     length = jnp.minimum(jnp.where(usable, slope, 0) / (trust.kappa * curvature), LONGEST) * scale
     squared = length**2 * curvature
     within = jnp.sqrt(trust.radius / jnp.where(squared > trust.radius, squared, trust.radius))
-    length = jnp.where(usable, length * within, 0)
-    return Proposal(length, length**2 * curvature)
+    length = length * within
+    squared = length**2 * curvature
+    usable &= squared > _smallest(squared)
+    return Proposal(jnp.where(usable, length, 0), jnp.where(usable, squared, 0))
 
 
 def judge(
@@ -120,7 +123,8 @@ def judge(
     )
     radius = jnp.where((ratio < 0.25) & (step.squared > 0.5 * trust.radius), radius / 1.5, radius)
     radius = jnp.where(accepted, radius, jnp.minimum(trust.radius, step.squared) / 4)
-    radius = jnp.clip(radius, rounding, jnp.finfo(radius.dtype).max * jnp.finfo(radius.dtype).eps)
+    least = jnp.maximum(rounding, _smallest(radius))
+    radius = jnp.clip(radius, least, jnp.finfo(radius.dtype).max * jnp.finfo(radius.dtype).eps)
 
     new = Trust(
         radius=jnp.where(moved, radius, trust.radius).astype(trust.radius.dtype),
@@ -129,3 +133,8 @@ def judge(
         rejected=trust.rejected + (moved & ~accepted),
     )
     return accepted & moved, new
+
+
+def _smallest(number: jax.Array) -> float:
+    """The size above which numbers of this dtype can be divided by without loss."""
+    return float(jnp.finfo(number.dtype).tiny / jnp.finfo(number.dtype).eps)
