@@ -22,6 +22,13 @@ TARGETS = {
     "benchmarks/README.md": "benchmarks.md",
 }
 
+# Where each name of the API is described, as the pages in api/ name it.
+ENTRIES = "\n".join(page.read_text() for page in sorted(Path(__file__).parent.glob("api/*.md")))
+API = {
+    identifier.rpartition(".")[2]: identifier
+    for identifier in re.findall(r"^::: ([\w.]+)$", ENTRIES, re.MULTILINE)
+}
+
 
 def section(text, title):
     """One section of a Markdown page, its heading included."""
@@ -40,6 +47,7 @@ def from_root(text):
 def benchmarks():
     """The page of benchmarks: the results in README.md and the README of the folder."""
     results = from_root(section((ROOT / "README.md").read_text(), "Results"))
+    results = results.replace('"Where we differ"', "[Differences](differences.md)")
     how = (ROOT / "benchmarks" / "README.md").read_text()
     fence = r"^(```.*?^```$)"
     parts = re.split(fence, how, flags=re.MULTILINE | re.DOTALL)
@@ -77,22 +85,19 @@ def on_page_content(content, page, config, files):
     content = re.sub(
         r'<(span|div) class="arithmatex">\\[(\[](.*?)\\[)\]]</\1>', formula, content, flags=re.DOTALL
     )
+    # In a table \\| stands for |, which Markdown does not undo in code.
+    content = re.sub(r"<code>[^<]*</code>", lambda code: code[0].replace("\\|", "|"), content)
     if page.file.src_uri.startswith("api/"):
         content = re.sub(
             r"<code>([^<]*?)\s&lt;(https?://[^&]+)&gt;</code>_", r'<a href="\2">\1</a>', content
         )
-        names = "|".join(re.findall(r"^    \"(\w+)\",$", public_names(), re.MULTILINE))
-        content = re.sub(
-            rf"(?<!<autoref)<code>({names})</code>",
-            r'<autoref identifier="kfqn_optax.\1"><code>\1</code></autoref>',
-            content,
-        )
+        content = re.sub(rf"<code>({'|'.join(API)})</code>", reference, content)
     return content
 
 
-def public_names():
-    """The file that lists the public names."""
-    return (ROOT / "kfqn_optax" / "__init__.py").read_text()
+def reference(match):
+    """A name of the API in code, as a reference to where it is described."""
+    return f'<autoref identifier="{API[match[1]]}">{match[0]}</autoref>'
 
 
 def formula(match):

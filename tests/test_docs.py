@@ -66,9 +66,18 @@ def test_defaults_in_the_table_of_arguments():
 
 
 def test_every_public_name_is_on_one_page_of_the_api():
+    """By a name that is not a module's too: of `health`, the module would be described."""
     entries = [
-        name
+        entry
         for page in sorted((DOCS / "api").glob("*.md"))
-        for name in re.findall(r"^::: kfqn_optax\.(\w+)$", page.read_text(), re.MULTILINE)
+        for entry in re.findall(r"^::: kfqn_optax\.([\w.]+)$", page.read_text(), re.MULTILINE)
     ]
-    assert sorted(entries) == sorted(kfqn.__all__)
+    assert sorted(entry.rpartition(".")[2] for entry in entries) == sorted(kfqn.__all__)
+    assert [e for e in entries if (ROOT / "kfqn_optax" / f"{e}.py").exists()] == []
+
+
+def test_the_version_is_the_same_everywhere():
+    version = re.search(r'^version = "(.+)"$', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
+    assert f"\nversion: {version[1]}\n" in (ROOT / "CITATION.cff").read_text()
+    assert f"version = {{{version[1]}}}" in (DOCS / "citing.md").read_text()
+    assert f"\n## [{version[1]}] - " in (ROOT / "CHANGELOG.md").read_text()
