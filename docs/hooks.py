@@ -83,7 +83,10 @@ def on_page_markdown(markdown, page, config, files):
 def on_page_content(content, page, config, files):
     """Formulas as MathML, links in docstrings as links, names of the API as references."""
     content = re.sub(
-        r'<(span|div) class="arithmatex">\\[(\[](.*?)\\[)\]]</\1>', formula, content, flags=re.DOTALL
+        r'<(span|div) class="arithmatex">\\[(\[](.*?)\\[)\]]</\1>',
+        formula,
+        content,
+        flags=re.DOTALL,
     )
     # In a table \\| stands for |, which Markdown does not undo in code.
     content = re.sub(r"<code>[^<]*</code>", lambda code: code[0].replace("\\|", "|"), content)

@@ -3,6 +3,7 @@
 import doctest
 import inspect
 import re
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -77,7 +78,7 @@ def test_every_public_name_is_on_one_page_of_the_api():
 
 
 def test_the_version_is_the_same_everywhere():
-    version = re.search(r'^version = "(.+)"$', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
-    assert f"\nversion: {version[1]}\n" in (ROOT / "CITATION.cff").read_text()
-    assert f"version = {{{version[1]}}}" in (DOCS / "citing.md").read_text()
-    assert f"\n## [{version[1]}] - " in (ROOT / "CHANGELOG.md").read_text()
+    version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+    assert f"\nversion: {version}\n" in (ROOT / "CITATION.cff").read_text()
+    assert f"version = {{{version}}}" in (DOCS / "citing.md").read_text()
+    assert f"\n## [{version}] - " in (ROOT / "CHANGELOG.md").read_text()
