@@ -80,6 +80,7 @@ lint: $(VENV)/.installed-experiment+test+lint
 
 docs: $(VENV)/.installed-docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	@echo "built: site/index.html"
 
 wheel-check: $(VENV)/.installed-release
 	$(BIN)/python tools/wheel_check.py
