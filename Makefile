@@ -1,6 +1,7 @@
 # make demo    train the CURVES autoencoder with K-BFGS and with Adam, compare them in a figure
 # make test    the whole test suite
 # make bench   what a step costs beside a plain one, by method, stage, width and batch
+# make docs    the documentation's site, in site/; warnings are errors
 #
 # Each target makes its own virtual environment first: .venv, or .venv-NAME with PYTHON=NAME, as in
 #     make test PYTHON=python3.12
@@ -17,11 +18,12 @@ KBFGS_EPOCHS ?= 30
 ADAM_EPOCHS ?= 60
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-fast test-slow soak bench bench-more lint clean
+.PHONY: help demo test test-fast test-slow soak bench bench-more lint docs wheel-check clean
 
 help:
 	@sed -n '1,/^$$/ s/^# \{0,1\}//p' Makefile
-	@echo "also: test-fast (the library without the experiments), test-slow, soak, bench-more, lint, clean"
+	@echo "also: test-fast (the library without the experiments), test-slow, soak, bench-more, lint,"
+	@echo "wheel-check (builds the package, tries it in an empty environment), clean"
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
@@ -76,5 +78,12 @@ lint: $(VENV)/.installed-experiment+test+lint
 	$(BIN)/ruff check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
+docs: $(VENV)/.installed-docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	@echo "built: site/index.html"
+
+wheel-check: $(VENV)/.installed-release
+	$(BIN)/python tools/wheel_check.py
+
 clean:
-	rm -rf .venv .venv-* build *.egg-info .pytest_cache .ruff_cache
+	rm -rf .venv .venv-* build dist site *.egg-info .pytest_cache .ruff_cache
