@@ -107,7 +107,11 @@ def learn(
         usable = (at.rows > 0) & (plus.rows > 0) & is_damping(root) & (state.stage > 0)
         x, x_plus = _sketches(layer, at), _sketches(layer, plus)
         S = factors.change_of_output(before, after, x.input, x_plus.input)
-        Y = x_plus.cotangent - x.cotangent + root.astype(S.dtype) * S
+        change = x_plus.cotangent - x.cotangent
+        # Of a step so short that cotangents change in their last digits only, nothing is learned.
+        rounding = 100 * float(jnp.finfo(S.dtype).eps) * _lengths(x.cotangent)
+        usable &= _lengths(change) > rounding
+        Y = change + root.astype(S.dtype) * S
         S, Y = jnp.where(usable, S, 0), jnp.where(usable, Y, 0)
         H_g, taken = block_bfgs.update(state.output, S, Y, powell, start.astype(S.dtype))
         none = jnp.zeros((), jnp.int32)
@@ -125,6 +129,10 @@ def _sketches(layer: Layer, seen: LayerStatistics) -> Sketches:
             "kfqn_optax.curvature_fn's: def curvature_fn(params, **asked)."
         )
     return seen.sketches
+
+
+def _lengths(rows: jax.Array) -> jax.Array:
+    return jnp.sqrt(jnp.sum(rows * rows, axis=-1, keepdims=True))
 
 
 def _start(root: jax.Array) -> jax.Array:

@@ -7,7 +7,7 @@ from kfqn_optax.sketch import signs
 
 
 def damped_bfgs(H, s, y, powell):
-    """Powell's damping, then BFGS; H and whether the damping acted. A pair of zeros is skipped."""
+    """Powell's damping, then BFGS; H and whether the damping acted."""
     sy, yHy = s @ y, y @ H @ y
     if yHy == 0:
         return H, False
@@ -68,10 +68,12 @@ class BlockMlp(reference.Mlp):
         after, probed, g_probed = self.passes(X_c, T_c)
         for i in range(len(new)):
             S = E.T @ (probed[i] @ new[i].T - seen[i] @ old[i].T)
-            Y = E.T @ (g_probed[i] - g_seen[i]) + root * S
-            for s, y in zip(S, Y, strict=True):
-                self.H_g[i], damped = damped_bfgs(self.H_g[i], s, y, 0.2)
-                self.powell_damped += damped
+            Y = E.T @ (g_probed[i] - g_seen[i])
+            sizes = np.linalg.norm(E.T @ g_seen[i], axis=1)
+            for s, y, size in zip(S, Y, sizes, strict=True):
+                if np.linalg.norm(y) > 100 * np.finfo(float).eps * size:
+                    self.H_g[i], damped = damped_bfgs(self.H_g[i], s, y + root * s, 0.2)
+                    self.powell_damped += damped
         accepted = self.judge(a, a * a * curvature, slope_c, before, after)
         self.W = new if accepted else old
         self.count += 1
