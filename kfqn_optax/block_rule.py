@@ -3,7 +3,7 @@
 K-BFGS with three changes. Each factor takes q pairs a step, from sums over the examples with random
 signs (`sketch`), instead of one from their mean. Both factors start from their damping alone, so
 nothing is inverted. And the length of the step comes from a parabola through what is measured at
-the probe anyway (`trust`), so that the learning rate is 1, and a step after which the loss is
+the probe anyway (`trust`), so that the learning rate is 1, and a step after which the loss is much
 higher is not taken.
 """
 

@@ -85,15 +85,16 @@ class BlockMlp(reference.Mlp):
             return False
         change, linear = after - before, -a * slope
         predicted = linear + self.kappa * squared / 2
-        accepted = change <= 0 or (linear > 0 and change <= 2 * predicted)
+        accepted = change <= 0.1 * abs(before)
         ratio = change / predicted if predicted < 0 else 1.0
         radius = self.radius
-        if not accepted:
-            radius = min(self.radius, squared) / 4
-        elif ratio < 0.25 and squared > 0.5 * self.radius:
+        if ratio < 0.25 and squared > 0.5 * self.radius:
             radius /= 1.5
         elif ratio > 0.6 and predicted < 0 and squared > 0.8 * self.radius:
             radius *= 1.5
+        radius = max(radius, min(1.5 * self.radius, 0.02 * abs(before)))
+        if not accepted:
+            radius = min(self.radius, squared) / 4
         seen = np.clip(2 * (change - linear) / squared, self.kappa / 10, self.kappa * 10)
         decay = min(0.8, self.judged / (self.judged + 1))
         self.judged += 1

@@ -90,7 +90,7 @@ def test_only_the_outer_rooms_know_flax_or_optax():
     optax_rooms = {room for room, hosts in rooms.items() if "optax" in hosts}
     assert optax_rooms <= {
         "transform", "methods", "optimizer", "sharding", "summary", "train_state", "natural",
-        "kfac_rule", "tkfac_rule", "mbf_rule",
+        "kfac_rule", "tkfac_rule", "mbf_rule", "block_rule",
     }  # fmt: skip
     assert rooms["capture"] == {"flax"}  # the test can see
     assert rooms["transform"] == {"optax"}
@@ -127,7 +127,7 @@ def test_a_room_imports_only_rooms_above_it():
         "calls": {"geometry", "matrix"},
         "discovery": {"calls", "geometry", "layers", "matrix"},
         "combine": {"axes", "statistics"},
-        "tag": {"axes", "discovery", "geometry", "loss", "statistics"},
+        "tag": {"axes", "discovery", "geometry", "loss", "sketch", "statistics"},
         "linen_kinds": {"calls", "geometry", "matrix"},
         "nnx_kinds": {"calls", "geometry", "matrix"},
         "capture": {
@@ -154,6 +154,14 @@ def test_a_room_imports_only_rooms_above_it():
         },
         "tkfac_rule": {
             "layers", "moments", "natural", "optimizer", "options", "statistics",
+        },
+        "sketch": set(),
+        "block_bfgs": {"options", "pairs"},
+        "block_state": {"block_bfgs", "factors", "layers", "options", "pairs", "statistics"},
+        "trust": set(),
+        "block_rule": {
+            "block_state", "checks", "direction", "layers", "optimizer", "options", "statistics",
+            "transform", "trust",
         },
         "mini_block": {"inverse", "layers", "options"},
         "mbf_rule": {
