@@ -23,7 +23,7 @@ BEGIN, END = "<!-- contract: begin -->", "<!-- contract: end -->"
 
 def outcomes(names: list[str]) -> dict[str, dict[str, str]]:
     """What became of each check for each optimizer, by title and name."""
-    everybody = contract.OURS | contract.PEERS
+    everybody = contract.OURS | contract.KIN | contract.PEERS
     on_devices = contract.on_devices(names, contract.ON_DEVICES)
     table = {}
     for title, check in contract.CHECKS.items():
@@ -70,7 +70,9 @@ def write(page: Path, text: str) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("names", nargs="*", default=[*contract.OURS, *contract.PEERS])
+    parser.add_argument(
+        "names", nargs="*", default=[*contract.OURS, *contract.KIN, *contract.PEERS]
+    )
     parser.add_argument("--write", type=Path, help="the page whose table is replaced")
     options = parser.parse_args()
     text = markdown(outcomes(options.names), options.names)

@@ -88,7 +88,8 @@ def health(opt_state: Any) -> Health:
         A dict of `LayerHealth` by layer path, whose ``str`` is a table.
 
     Raises:
-        ValueError: if there is no K-BFGS state in ``opt_state``, or one of shapes only.
+        ValueError: if there is no state of `kbfgs`, `kbfgs_l` or `kfqn` in ``opt_state``, or one of
+            shapes only. (`kfac`, `tkfac` and `mbf` learn from no pairs.)
     """
     return Health({path: _of_layer(path, layer) for path, layer in held_layers(opt_state).items()})
 

@@ -72,8 +72,9 @@ def scale_by_kfac(
     ``update(updates, state, params, *, curvature_fn, **extra_args)`` measures once, at ``params``.
     The loss that ``curvature_fn`` is made of must draw its targets from the model's own output
     distribution; with the targets of the data G is that of the "empirical Fisher", another method.
-    With ``curvature_fn=None`` A and G stay as they are in this step. A ``curvature_fn`` of the
-    user's own must take the keyword arguments of `curvature_fn`'s.
+    With ``curvature_fn=None`` A and G stay as they are in this step. So does all that is kept of
+    the layers while a schedule's damping is not a number above 0. A ``curvature_fn`` of the user's
+    own must take the keyword arguments of `curvature_fn`'s.
 
     Args:
         learning_rate: of the step; only ``norm_constraint`` reads it. A number or a schedule.

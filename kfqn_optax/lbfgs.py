@@ -58,7 +58,8 @@ def init(d: int, memory_size: int, dtype: jnp.dtype) -> Memory:
 def update(H: Memory, pair: Pair, status: jax.Array) -> tuple[Memory, jax.Array]:
     """Stores a pair, or does not; when the memory is full the oldest pair goes.
 
-    The pair is stored as it is. Costs O(p d + p^2).
+    The pair is stored as it is, unless the factor with it would be lost to rounding (`_is_lost`):
+    then the memory is emptied, and the next pair starts from the identity. Costs O(p^2 d).
 
     Args:
         H: the factor, with p rows of length d.
@@ -66,15 +67,23 @@ def update(H: Memory, pair: Pair, status: jax.Array) -> tuple[Memory, jax.Array]
         status: int32 scalar from `pairs.pair_status`; the pair is stored only if it is 0.
 
     Returns:
-        H, and the status: `pairs.NOT_FINITE` now if the factor with the pair would overflow. H
-        comes back bit for bit unless the status is 0.
+        H, and the status: `pairs.NOT_FINITE` now if the factor with the pair would overflow,
+        `pairs.RESET` if the memory was emptied. H comes back bit for bit unless the status is one
+        of `pairs.UPDATED` and `pairs.RESET`.
     """
     stored = _push(H, pair)
-    status = jnp.where(
-        (status == pairs.UPDATED) & ~_is_finite(stored), pairs.NOT_FINITE, status
-    ).astype(status.dtype)
-    accept = status == pairs.UPDATED
-    return jax.tree.map(lambda new, old: jnp.where(accept, new, old), stored, H), status
+    verdict = jnp.select(
+        [~_is_finite(stored), _is_lost(stored)], [pairs.NOT_FINITE, pairs.RESET], pairs.UPDATED
+    )
+    offered = status == pairs.UPDATED
+    status = jnp.where(offered, verdict, status).astype(status.dtype)
+    emptied = offered & (status == pairs.RESET)
+
+    def choose(new: jax.Array, old: jax.Array) -> jax.Array:
+        kept = jnp.where(emptied, jnp.zeros_like(old), old)
+        return jnp.where(status == pairs.UPDATED, new, kept)
+
+    return jax.tree.map(choose, stored, H), status
 
 
 def _push(H: Memory, pair: Pair) -> Memory:
@@ -111,6 +120,29 @@ def _is_finite(H: Memory) -> jax.Array:
     """
     signs = Memory(jnp.abs(H.s), -jnp.abs(H.y), H.sy, jnp.abs(H.R_inverse), H.count)
     return jnp.all(jnp.isfinite(apply(signs, jnp.ones_like(H.s[0]))))
+
+
+def _is_lost(H: Memory) -> jax.Array:
+    """Whether rounding errors of H are no longer small beside the identity that it starts from.
+
+    Pair i adds to H, in directions that the pairs before it have made, at most ``|s_i|^2 (y_i.H y_i
+    + s_i.y_i) / (s_i.y_i)^2``, H that of the pairs before it. Damping keeps this small when the
+    pair is made (`Pair`s of 1000 healthy updates: below 11); but once the oldest pair has left, the
+    others stand on another H than they were damped with, and where gradients had changed by orders
+    of magnitude, H of 10^13 was seen. An error of the relative precision of that is above 1.
+
+    Here ``y.Hy / (s.y)^2`` is ``|Y R^-1 e_i|^2 + |D^1/2 R^-1 e_i|^2``, the diagonal of the middle
+    matrix of Byrd, Nocedal and Schnabel. H is lost where a hundred times the relative precision of
+    the largest such term is above both 1 and the largest ``|s|^2 / s.y``, which is what the last
+    pair asks H to be along s. (In float32 a term of 84,000.)
+    """
+    lengths = jnp.sqrt(jnp.sum(H.s * H.s, axis=-1))
+    columns = H.R_inverse * lengths[None, :]
+    through_y = pairs.matmul(columns.T, H.y)
+    through_s = jnp.sqrt(H.sy)[:, None] * columns
+    terms = jnp.sum(through_y**2, axis=-1) + jnp.sum(through_s**2, axis=0)
+    asked = jnp.max(lengths * jnp.diag(columns))
+    return 100 * jnp.finfo(H.s.dtype).eps * jnp.max(terms) > jnp.maximum(asked, 1)
 
 
 def apply(H: Memory, vectors: jax.Array) -> jax.Array:

@@ -23,6 +23,7 @@ from kfqn_optax.options import (
     check_decay,
     check_size,
     inverses_due,
+    is_damping,
     longest_side,
     value_at,
 )
@@ -59,6 +60,8 @@ def scale_by_mbf(
     parameters, biases of convolutions among them, pass unchanged. Embeddings are refused.
 
     ``update(updates, state, params=None, **extra_args)`` needs no parameters and measures nothing.
+    In a step in which a schedule's damping is not a number above 0, blocks and inverses stay as
+    they are; the momentum goes on.
 
     Args:
         damping: lambda, in units of a squared gradient, above 0; a number or a schedule. Which
@@ -116,22 +119,27 @@ def scale_by_mbf(
         if not present:
             return updates, ScaleByMBFState(count, state.layers)
         damped = jnp.asarray(value_at(damping, state.count))
+        usable = is_damping(damped)
 
         G = {layer.path: layers_lib.to_matrix(layer, gradients) for layer in present}
         M = {
             path: running_average(state.layers[path].momentum, of_layer, momentum)
             for path, of_layer in G.items()
         }
+        held = {layer.path: state.layers[layer.path].moment for layer in present}
         F = {
-            layer.path: mini_block.average(
-                state.layers[layer.path].moment,
-                mini_block.moment(layer, G[layer.path]),
-                factor_decay,
+            layer.path: jnp.where(
+                usable,
+                mini_block.average(
+                    held[layer.path], mini_block.moment(layer, G[layer.path]), factor_decay
+                ),
+                held[layer.path],
             )
             for layer in present
         }
+        starts = [~jnp.any(held[path] != 0) & jnp.any(F[path] != 0) for path in F]
         K = jax.lax.cond(
-            inverses_due(state.count, inverse_every),
+            usable & (inverses_due(state.count, inverse_every) | jnp.any(jnp.stack(starts))),
             lambda: mini_block.inverses(present, state.layers, F, damped),
             lambda: {path: state.layers[path].inverse for path in F},
         )
@@ -142,10 +150,11 @@ def scale_by_mbf(
                 layer, mini_block.apply(layer, K[layer.path], M[layer.path])
             ).items()
         }
-        held = {
+        learned = {
             path: MiniBlockState(inverse=K[path], moment=F[path], momentum=M[path]) for path in F
         }
-        return like(updates, gradients | directions, dtypes=updates), ScaleByMBFState(count, held)
+        updates = like(updates, gradients | directions, dtypes=updates)
+        return updates, ScaleByMBFState(count, learned)
 
     return optax.GradientTransformationExtraArgs(cast(Any, init_fn), cast(Any, update_fn))
 

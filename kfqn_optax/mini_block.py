@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from kfqn_optax.inverse import Remake, remake
 from kfqn_optax.layers import Layer
 from kfqn_optax.options import Number
+from kfqn_optax.statistics import is_usable
 
 
 class MiniBlockState(NamedTuple):
@@ -89,10 +90,10 @@ def apply(layer: Layer, K: jax.Array, momentum: jax.Array) -> jax.Array:
 
 
 def average(held: jax.Array, new: jax.Array, decay: Number) -> jax.Array:
-    """F with a gradient's; the first is taken as it is, and none that is not finite."""
+    """F with a gradient's; the first is taken as it is, and none that `is_usable` refuses."""
     old = jnp.where(jnp.any(held != 0), jnp.asarray(decay, held.dtype), 0)
     mixed = (old * held + (1 - old) * new).astype(held.dtype)
-    return jnp.where(jnp.isfinite(jnp.sum(new)), mixed, held)
+    return jnp.where(is_usable(new), mixed, held)
 
 
 def inverses(

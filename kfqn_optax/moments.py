@@ -16,6 +16,7 @@ from kfqn_optax.inverse import Diagonal, Remake, remake
 from kfqn_optax.layer_state import EMPTY, RUNNING, WARM
 from kfqn_optax.layers import Layer
 from kfqn_optax.options import Number
+from kfqn_optax.statistics import is_usable
 
 
 class Moments(NamedTuple):
@@ -91,19 +92,32 @@ def warm(state: MomentState, input_moment: jax.Array, output_moment: jax.Array) 
     )
 
 
-def take_in(state: MomentState, batch: Moments | None, decay: Number) -> MomentState:
+def take_in(
+    state: MomentState, batch: Moments | None, decay: Number, damped: jax.Array
+) -> MomentState:
     """The moments as running averages with a batch.
 
     The first batch is taken as it is, unless `warm` gave moments before it. A batch that did not
-    reach the layer, or whose moments are not finite, leaves the moments as they are; so does None.
+    reach the layer, or whose moments are not finite or too large to be squared, leaves the moments
+    as they are; so does None.
+
+    Args:
+        state: as the previous step left it.
+        batch: its moments.
+        decay: factor_decay.
+        damped: whether the step's damping is a number above 0; the state comes back as it is if
+            not.
     """
+    warmed = damped & (state.stage == WARM)
     if batch is None:
-        return state._replace(stage=jnp.where(state.stage == WARM, RUNNING, state.stage))
+        return state._replace(stage=jnp.where(warmed, RUNNING, state.stage))
 
-    def total(moment: jax.Array) -> jax.Array:
-        return jnp.sum(moment.reshape(*state.stage.shape, -1), axis=-1)
+    def is_sound(moment: jax.Array) -> jax.Array:
+        matrix = moment.ndim > state.stage.ndim + 1
+        rows = jnp.sum(jnp.abs(moment), axis=-1) if matrix else moment
+        return jax.vmap(is_usable)(rows) if state.stage.ndim else is_usable(rows)
 
-    usable = (batch.rows > 0) & jnp.isfinite(total(batch.input) + total(batch.output))
+    usable = damped & (batch.rows > 0) & is_sound(batch.input) & is_sound(batch.output)
     old = jnp.where(state.stage == EMPTY, 0, jnp.asarray(decay, batch.output.dtype))
 
     def average(held: jax.Array, new: jax.Array) -> jax.Array:
@@ -115,7 +129,7 @@ def take_in(state: MomentState, batch: Moments | None, decay: Number) -> MomentS
     return state._replace(
         input_moment=average(state.input_moment, batch.input),
         output_moment=average(state.output_moment, batch.output),
-        stage=jnp.where(usable | (state.stage == WARM), RUNNING, state.stage),
+        stage=jnp.where(usable | warmed, RUNNING, state.stage),
     )
 
 
@@ -125,11 +139,12 @@ def refresh(
     states: Mapping[str, MomentState],
     damped: Callable[[jax.Array, jax.Array], Damped],
     due: jax.Array,
+    usable: jax.Array,
 ) -> dict[str, MomentState]:
     """The states with inverses of their moments, where these are due.
 
     They are also made where a layer starts: in the step of its first batch, and after `warm`. A
-    layer that has seen no batch keeps the identity.
+    layer that has seen no batch keeps the identity. Where the damping is not usable, none is made.
 
     Args:
         layers: whose states they are.
@@ -137,6 +152,7 @@ def refresh(
         states: after `take_in`.
         damped: from a layer's two moments (of one block) to what is to be inverted.
         due: whether this is a step in which all inverses are made.
+        usable: whether the step's damping is a number above 0.
     """
     starts = [
         jnp.any((states[layer.path].stage != EMPTY) & (before[layer.path].stage != RUNNING))
@@ -166,7 +182,7 @@ def refresh(
         }
 
     made = jax.lax.cond(
-        due | jnp.any(jnp.stack(starts)),
+        usable & (due | jnp.any(jnp.stack(starts))),
         make,
         lambda: {layer.path: tuple(states[layer.path][:2]) for layer in layers},
     )

@@ -27,6 +27,7 @@ from kfqn_optax.options import (
     check_decay,
     check_size,
     inverses_due,
+    is_damping,
     longest_side,
     value_at,
 )
@@ -155,6 +156,7 @@ def natural_gradient(
             return updates, rule.state(count, state.layers)
         checks.check_arguments(params, curvature_fn, present, rule.name)
         root = jnp.sqrt(jnp.asarray(value_at(settings.damping, state.count)))
+        usable = is_damping(root)  # while a schedule's is not, what is known stays as it is
 
         # The running averages take in the batch.
         batches: dict[str, Moments | None] = dict.fromkeys(state.layers)
@@ -165,7 +167,7 @@ def natural_gradient(
             batches |= {path: _moments(rule, path, measured.layers[path]) for path in batches}
         states = {
             layer.path: moments_lib.take_in(
-                state.layers[layer.path], batches[layer.path], settings.factor_decay
+                state.layers[layer.path], batches[layer.path], settings.factor_decay, usable
             )
             for layer in present
         }
@@ -177,6 +179,7 @@ def natural_gradient(
             states,
             lambda A, G: damped(A, G, root.astype(G.dtype)),
             inverses_due(state.count, settings.inverse_every),
+            usable,
         )
 
         lr = value_at(settings.learning_rate, state.count)

@@ -19,7 +19,7 @@ TOO_SMALL = 2  # s.y <= tolerance |s|^2 |v|, or too small to be exact
 NOT_FINITE = 4  # or too large to be computed with
 NOT_MEASURED = 5  # no pair was offered: the layer took no part in this pass
 ROUNDING = 6  # no pair was offered: the mean cotangents are nothing but rounding
-RESET = 7  # the factor was lost; it starts anew from a multiple of the identity and this pair
+RESET = 7  # the factor was lost in rounding, and starts anew (see `bfgs.update`, `lbfgs.update`)
 
 STATUS_WORDS = {
     UPDATED: "updated",

@@ -27,6 +27,12 @@ _METHODS = {
     ScaleByMBFState: "MBF",
     ScaleByTKFACState: "TKFAC",
 }
+_MAKERS = {
+    ScaleByKBFGSState: "kbfgs, kbfgs_l, kfqn",
+    ScaleByKFACState: "kfac",
+    ScaleByMBFState: "mbf",
+    ScaleByTKFACState: "tkfac",
+}
 _HEADER = ("parameter", "shape", "dtype", "updated by", "factors", "state bytes", "why")
 
 
@@ -83,21 +89,28 @@ def held_layers(opt_state: Any) -> dict[str, LayerState]:
     """What K-BFGS and its kin keep of each layer, by path, wherever in an optimizer's state.
 
     Raises:
-        ValueError: if there is no K-BFGS state in ``opt_state``.
+        ValueError: if there is no state of `kbfgs`, `kbfgs_l` or `kfqn` in ``opt_state``.
     """
     states = _states(opt_state, ScaleByKBFGSState)
     return {path: layer for state in states for path, layer in state.layers.items()}
 
 
 def _states(opt_state: Any, *kinds: type) -> list[Any]:
-    """The states of our methods; there must be one at least."""
+    """The states of these kinds; there must be one at least."""
     states = _all(opt_state, kinds)
     if not states:
+        makers = some_of(_MAKERS[kind] for kind in kinds)
         raise ValueError(
-            "opt_state holds no K-BFGS state: pass what tx.init(params) returned, for a tx made "
-            "with kbfgs or scale_by_kbfgs."
+            f"opt_state holds no state of {makers}: pass what tx.init(params) returned, for a tx "
+            "made with one of these, or with the scale_by_ function of the same name."
         )
     return states
+
+
+def some_of(names: Iterable[str]) -> str:
+    """Names in a sentence: "a, b or c"."""
+    *first, last = ", ".join(names).split(", ")
+    return f"{', '.join(first)} or {last}"
 
 
 def _all(tree: Any, kind: type | tuple[type, ...]) -> list[Any]:

@@ -52,8 +52,9 @@ def warm_start(opt_state: Any, loss_fn: LossFn, params: Any, batches: Iterable[t
     states = [s for s in jax.tree.leaves(opt_state, is_leaf=_is_state) if _is_state(s)]
     if not states:
         raise ValueError(
-            "opt_state holds no K-BFGS state to start: pass what tx.init(params) returned, for a "
-            "tx made with kbfgs or scale_by_kbfgs."
+            "opt_state holds no state to start, of kbfgs, kbfgs_l, kfqn, kfac or tkfac: pass what "
+            "tx.init(params) returned, for a tx made with one of these, or with the scale_by_ "
+            "function of the same name. Other methods have no warm start."
         )
     averages = _averages(loss_fn, params, batches, _wanted(states))
     return jax.tree.map(
@@ -146,8 +147,9 @@ def _averages(
         for path, (total, weight) in totals.items()
     }
     inputs = {path: moment for path, (moment, _) in averages.items() if moment is not None}
+    outputs = {path: averages[path][1] for path in wanted.moments if path in averages}
     _check_finite("inputs", inputs)
-    _check_finite("output gradients", {path: averages[path][1] for path in wanted.moments})
+    _check_finite("output gradients", outputs)
     return averages
 
 

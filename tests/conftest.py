@@ -1,5 +1,6 @@
 """Settings of every test: float64 allowed, no silent broadcasting of ranks."""
 
+import tempfile
 from pathlib import Path
 
 import jax
@@ -13,6 +14,13 @@ jax.config.update("jax_enable_x64", True)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 # The time of the tests is compilation; the machine code of these tiny programs need not be fast.
 jax.config.update("jax_disable_most_optimizations", True)
+# Many tests compile the same program again, each in a jit of its own: these are found here. The
+# folder belongs to this process alone and goes with it, unless JAX_COMPILATION_CACHE_DIR names one.
+if jax.config.jax_compilation_cache_dir is None:
+    COMPILED = tempfile.TemporaryDirectory(prefix="kfqn-compiled-")
+    jax.config.update("jax_compilation_cache_dir", COMPILED.name)
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.02)
+jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 SHARED = Path(__file__).parents[1].parent / "shared"
 

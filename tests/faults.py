@@ -138,13 +138,13 @@ def assert_sound(state):
     for path, layer in layers_of(state).items():
         assert is_finite(layer), path
         for H in (layer.input, layer.output):
-            matrix = np.asarray(H if isinstance(H, jax.Array) else _dense(H))
+            matrix = np.asarray(H if isinstance(H, jax.Array) else dense(H))
             scale = np.abs(matrix).max()
             np.testing.assert_allclose(matrix, matrix.T, atol=1e-5 * scale)
             assert np.linalg.eigvalsh(np.float64(matrix)).min() > 1e-6 * scale, path
 
 
-_dense = jax.jit(lbfgs.dense)
+dense = jax.jit(lbfgs.dense)
 
 
 def assert_counted(before, after):

@@ -1,4 +1,4 @@
-"""The Optax contract (`contract`, ``docs/optax.md``), held against our three methods."""
+"""The Optax contract (`contract`, ``docs/optax.md``), held against our methods and their kin."""
 
 import importlib.util
 from pathlib import Path
@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 import pytest
-from contract import OURS, Optimizer
+from contract import KIN, OURS, Optimizer
 
 ROOT = Path(__file__).parents[1]
 REFUSED = {
@@ -19,8 +19,10 @@ REFUSED = {
 }
 CHECKS = {check.__name__: check for check in contract.CHECKS.values()}
 slow = pytest.mark.slow
-# The three share one step; two of them are checked by `make test-slow`.
-NAMES = ["kbfgs", *(pytest.param(name, marks=slow) for name in OURS if name != "kbfgs")]
+SIX = OURS | KIN
+MEASURED = [name for name in SIX if name != "mbf"]  # they want a curvature_fn
+# The others are checked by `make test-slow`: they share the step with kbfgs, or most of it.
+NAMES = ["kbfgs", *(pytest.param(name, marks=slow) for name in SIX if name != "kbfgs")]
 HERE = [check for name, check in CHECKS.items() if name not in contract.ON_DEVICES]
 
 
@@ -34,17 +36,19 @@ HERE = [check for name, check in CHECKS.items() if name not in contract.ON_DEVIC
     ids=lambda c: c.__name__,
 )
 def test_kept(check, name):
-    check(OURS[name])
+    check(SIX[name])
 
 
-@pytest.mark.parametrize("name", OURS)
+@pytest.mark.parametrize(
+    "name", [*OURS, pytest.param("kfac", marks=slow), pytest.param("tkfac", marks=slow)]
+)
 @pytest.mark.parametrize(
     "check", [c for c in HERE if c.__name__ in REFUSED], ids=lambda c: c.__name__
 )
 def test_refused(check, name):
     error, message = REFUSED[check.__name__]
     with pytest.raises(error, match=message):
-        check(OURS[name])
+        check(SIX[name])
 
 
 COMMON = [
@@ -61,7 +65,7 @@ COMMON = [
 @pytest.mark.parametrize("test", COMMON)
 @pytest.mark.parametrize("name", NAMES)
 def test_what_optax_asks_of_contributed_optimizers(name, test):
-    contract.one_common_test(OURS[name], test)
+    contract.one_common_test(SIX[name], test)
 
 
 def test_optax_asks_nothing_else():
@@ -72,11 +76,11 @@ def test_optax_asks_nothing_else():
 @pytest.fixture(scope="module")
 def devices():
     checks = [*contract.ON_DEVICES, "local_statistics", "checked_shard_map"]
-    return contract.on_devices(list(OURS), checks)
+    return contract.on_devices(MEASURED, checks)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", OURS)
+@pytest.mark.parametrize("name", MEASURED)
 def test_eight_devices(devices, name):
     for check in [*contract.ON_DEVICES, "local_statistics", "checked_shard_map"]:
         assert devices[check][name] == "ok", check
@@ -92,10 +96,12 @@ def test_the_table_on_the_page_has_every_check():
     rows = [line.split(" | ") for line in table.splitlines() if line.startswith("| ")]
     titles = [row[0].removeprefix("| ") for row in rows[1:]]
     assert titles == list(contract.CHECKS)
-    ours = {row[0].removeprefix("| "): row[1 : 1 + len(OURS)] for row in rows[1:]}
+    assert rows[0][1 : 1 + len(SIX)] == list(SIX)
+    ours = {row[0].removeprefix("| "): dict(zip(SIX, row[1:], strict=False)) for row in rows[1:]}
     for title, check in contract.CHECKS.items():
         expected = "refused" if check.__name__ in REFUSED else "ok"
-        assert all(cell.startswith(expected) for cell in ours[title]), title
+        assert all(ours[title][name].startswith(expected) for name in MEASURED), title
+        assert ours[title]["mbf"].startswith("fails" if check.__name__ == "flatten" else "ok")
 
 
 # --- a check can fail -----------------------------------------------------------------------------

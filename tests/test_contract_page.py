@@ -69,7 +69,7 @@ def section(title):
     return names
 
 
-@pytest.mark.parametrize("name", OURS)
+@pytest.mark.parametrize("name", ["kbfgs", pytest.param("kbfgs_l", marks=pytest.mark.slow), "kfqn"])
 def test_microbatches_as_on_the_page_are_the_large_batch(name):
     """Gradient and curvature one microbatch at a time, for two steps."""
     recipe, optimizer = section("Microbatches"), OURS[name]

@@ -271,7 +271,7 @@ def test_statistics_under_apply_if_finite(layer, where, field):
 @pytest.mark.parametrize("value", [np.nan, np.inf, HUGE])
 def test_gradient_under_a_limit_on_the_step(layer, steps, value):
     """A length that is not finite is above any limit: no layer moves, but for what is NaN."""
-    method = "kbfgs limited"
+    method = "kbfgs_l limited"
     before, after, plain, (params, state, updates) = run(
         method, steps, fault("gradient", value, layer)
     )
@@ -287,3 +287,24 @@ def test_gradient_under_a_limit_on_the_step(layer, steps, value):
     faults.assert_sound(state)
     if value == HUGE:
         assert faults.is_same(params, trained(method, steps)[0])
+
+
+def test_memory_that_stands_on_other_gradients_is_emptied():
+    """A gradient of 1e17 under a limit on the step, and what 25 steps then make of the momentum.
+
+    Pairs are damped on the memory as it is; without the oldest of them the others are far from
+    damped, and the factor's smallest eigenvalue is below -1e5.
+    """
+    method, layer = "kbfgs_l limited", LAYERS[1]
+    params, state = trained(method, AT_FIRST)
+    resets = 0
+    for step in range(25):
+        faulty = fault("gradient", 1e17, layer) if step == 0 else None
+        params, state, _ = program(method)(params, state, faulty)
+        for path, of_layer in layers_of(state).items():
+            matrix = np.float64(faults.dense(of_layer.output))
+            assert np.linalg.eigvalsh(matrix).min() > -0.1, (path, step)
+            if int(of_layer.output_status) == pairs.RESET:
+                resets += 1
+                np.testing.assert_array_equal(matrix, np.eye(len(matrix)))
+    assert resets == kfqn.health(state).totals()["reset"] > 0

@@ -13,6 +13,8 @@ import kfqn_optax as kfqn
 from kfqn_optax import inverse, pairs
 
 CASES = ["kbfgs_bce", "kbfgs_mse", "kbfgs_l_bce"]
+# Single operations on arrays would be compiled one by one, for each layer's shape.
+apply, damp_double = jax.jit(inverse.apply), jax.jit(pairs.damp_double)
 
 
 def replay(z, dtype):
@@ -66,7 +68,7 @@ def make(meta):
 
 def dense(factor):
     """A factor as a matrix, whichever way it is kept."""
-    return inverse.apply(factor, np.eye(inverse.size(factor)))
+    return np.asarray(apply(jax.tree.map(jnp.asarray, factor), np.eye(inverse.size(factor))))
 
 
 def matrix(tree, i):
@@ -84,15 +86,19 @@ def test_every_recorded_array_in_float64(golden, case):
     z = golden(case)
     for k, meta, before, after, updates, params, loss in replay(z, jnp.float64):
         assert relative(loss, z[f"step{k:03d}/loss"]) < 1e-9
+        before, after, updates, params = jax.tree.map(np.asarray, (before, after, updates, params))
         momentum = optax.tree.get(after, "momentum")
         for i in range(len(meta["sizes"]) - 1):
             prefix, path = f"step{k:03d}/layer{i}/", f"params/Dense_{i}"
             old, new = optax.tree.get(before, "layers")[path], optax.tree.get(after, "layers")[path]
-            damped, by_powell, by_second = pairs.damp_double(
-                pairs.Pair(new.s, new.y),
-                inverse.apply(old.output, new.y),
-                meta["powell_mu1"],
-                meta["powell_mu2"],
+            damped, by_powell, by_second = jax.tree.map(
+                np.asarray,
+                damp_double(
+                    pairs.Pair(new.s, new.y),
+                    apply(old.output, new.y),
+                    meta["powell_mu1"],
+                    meta["powell_mu2"],
+                ),
             )
             ours = {
                 "A": new.input_moment,

@@ -179,8 +179,11 @@ def test_a_state_without_numbers(inside):
 
 
 def test_a_state_that_is_not_ours():
-    with pytest.raises(ValueError, match="opt_state holds no K-BFGS state: pass what"):
-        kfqn.health(optax.adam(0.1).init({"kernel": jnp.ones((2, 2))}))
+    params = {"kernel": jnp.ones((2, 2))}
+    for tx in (optax.adam(0.1), kfqn.kfac(0.1)):
+        message = "opt_state holds no state of kbfgs, kbfgs_l or kfqn: pass what"
+        with pytest.raises(ValueError, match=message):
+            kfqn.health(tx.init(params))
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, 1e200])

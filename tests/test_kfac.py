@@ -14,6 +14,7 @@ from steps import close, equal, matrices, random_like, types
 
 import kfqn_optax as kfqn
 from kfqn_optax.layers import named_leaves, to_matrix
+from kfqn_optax.moments import MomentState
 
 # --- the authors' own run -------------------------------------------------------------------------
 
@@ -306,7 +307,7 @@ def small():
 
 
 def test_when_the_moments_stay_as_they_are(small):
-    """Without a batch, and with one that is not finite; the identity stays too."""
+    """Without a batch, and with one that is not finite or too large; the identity stays too."""
     update_of, params, (x, targets), gradient = small
     tx = kfqn.scale_by_kfac(0.1, 0.2)
     update, start = update_of(tx), tx.init(params)
@@ -316,8 +317,44 @@ def test_when_the_moments_stay_as_they_are(small):
     _, seen = update(gradient, idle, x, targets)
     _, idle = update(gradient, seen)
     equal(idle.layers, seen.layers)
-    _, after = update(gradient, seen, x.at[0, 0].set(jnp.inf), targets)
-    equal(after.layers["params/Dense_0"], seen.layers["params/Dense_0"])
+    for value in (jnp.inf, 1e80):  # the moment is 1e160, its square is not finite
+        _, after = update(gradient, seen, x.at[0, 0].set(value), targets)
+        equal(after.layers["params/Dense_0"], seen.layers["params/Dense_0"])
+    _, after = update(gradient, seen, x, targets.at[0, 0].set(1e80))
+    equal(after.layers["params/Dense_1"], seen.layers["params/Dense_1"])
+
+
+@pytest.mark.parametrize("method", ["kfac", "mbf"])
+def test_a_schedule_of_damping_that_fails(small, method):
+    """What is known of a layer stays as it is; what has not started starts in the next step."""
+    update_of, params, batch, gradient = small
+    bad = [jnp.nan, jnp.inf, -1.0, 0.0, jnp.nan]
+    values = jnp.asarray([*bad, 0.2, *bad, 0.3, 0.4])
+    make = {"kfac": lambda *a, **k: kfqn.scale_by_kfac(0.1, *a, **k), "mbf": kfqn.scale_by_mbf}
+    tx = make[method](lambda count: values[count], inverse_every=2)
+    update, state = update_of(tx), tx.init(params)
+    fields = MomentState._fields if method == "kfac" else ("inverse", "moment")
+
+    def known(state):
+        return {path: [getattr(x, name) for name in fields] for path, x in state.layers.items()}
+
+    for step, damping in enumerate(values):
+        before = state
+        G = jax.tree.map(lambda leaf, times=step + 1: times * leaf, gradient)
+        updates, state = update(G, before, *batch)
+        assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves((updates, state)))
+        if not 0 < damping < 1:
+            equal(known(state), known(before))
+            continue
+        both = zip(*(jax.tree.leaves(known(s)) for s in (before, state)), strict=True)
+        assert any(np.any(old != new) for old, new in both)
+        if step == len(bad):  # the same as without the steps before it
+            fresh = tx.init(params)._replace(count=before.count)
+            equal(known(state), known(update(G, fresh, *batch)[1]))
+    if method == "kfac":
+        warm = kfqn.warm_start(tx.init(params), problem()[0], params, [tuple(batch)])
+        for given in (batch, ()):
+            equal(update(gradient, warm, *given)[1].layers, warm.layers)
 
 
 def test_norm_constraint_and_schedules(small):

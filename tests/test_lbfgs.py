@@ -126,6 +126,53 @@ def test_a_pair_that_would_overflow_is_refused(s, y, count):
     assert_same_bits(after, H)
 
 
+@pytest.mark.parametrize("size", [1e-12, 1.0, 1e12])
+@pytest.mark.parametrize(
+    ("dtype", "sy", "across", "status"),
+    [
+        # A pair by itself stretches the identity by (sy^2 + across^2) / sy^2, and by |s|^2 / s.y.
+        (jnp.float32, 1.0, 280.0, pairs.UPDATED),
+        (jnp.float32, 1.0, 300.0, pairs.RESET),  # 90,000 is more than 84,000
+        (jnp.float32, 10.0, 300.0, pairs.UPDATED),
+        (jnp.float32, 0.1, 90.0, pairs.UPDATED),  # 810,000, where s.y asks for 10 along s
+        (jnp.float32, 0.1, 95.0, pairs.RESET),
+        (jnp.float64, 1.0, 6e6, pairs.UPDATED),
+        (jnp.float64, 1.0, 7e6, pairs.RESET),
+    ],
+)
+def test_a_factor_that_rounding_would_take_is_emptied(dtype, sy, across, status, size):
+    """Whatever the units of the pair."""
+    H = filled(3, 4, 7, dtype)
+    empty = lbfgs.init(3, 4, dtype)
+    s, y = np.array([1.0, 0, 0]) * size, np.array([sy, across, 0]) * size
+    pair = Pair(jnp.asarray(s, dtype), jnp.asarray(y, dtype))
+    after, was = update(empty, pair, UPDATED)
+    assert int(was) == status
+    assert int(after.count) == (status == pairs.UPDATED)
+    if status == pairs.RESET:
+        assert_same_bits(after, empty)
+        more = Pair(pair.s, pair.y * jnp.asarray([1, 100, 1], dtype))
+        after, was = update(H, more, UPDATED)
+        assert int(was) == pairs.RESET
+        assert_same_bits(after, empty)
+        after, was = update(H, more, jnp.int32(pairs.TOO_SMALL))
+        assert int(was) == pairs.TOO_SMALL
+        assert_same_bits(after, H)
+
+
+def test_a_pair_that_stretches_what_earlier_pairs_made():
+    """Neither pair by itself is too much; the second stands on the first."""
+    s, y = np.array([[1.0, 0, 0], [0, 1, 0]]), np.array([[1.0, 100, 0], [0, 1, 10]])
+    first, second = (Pair(jnp.float32(a), jnp.float32(b)) for a, b in zip(s, y, strict=True))
+    H, status = update(lbfgs.init(3, 4, jnp.float32), second, UPDATED)
+    assert int(status) == pairs.UPDATED
+    H, status = update(H, first, UPDATED)  # y.Hy is some 100^2 (1 + 10^2)
+    assert int(status) == pairs.RESET
+    assert not np.any(H.s)
+    H, _ = update(lbfgs.init(3, 4, jnp.float32), first, UPDATED)
+    assert int(update(H, second, UPDATED)[1]) == pairs.UPDATED
+
+
 @pytest.mark.parametrize("scale", [1e-15, 1e-6, 1e6, 1e15])
 def test_pairs_of_any_common_size_are_taken_in_float32(scale):
     """H is the same for s and y of any size; only R^-1 feels it, as 1 / scale^2."""

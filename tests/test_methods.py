@@ -1,5 +1,7 @@
 """K-BFGS(L) and KF-QN: whole trajectories against the NumPy reference, and what sets them apart."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -17,8 +19,12 @@ from kfqn_optax import inverse, layer_state
 LR, DAMPING = 0.3, 0.2
 
 
+SLOW = pytest.mark.slow
+apply = jax.jit(inverse.apply)
+
+
 def dense(factor):
-    return inverse.apply(factor, np.eye(inverse.size(factor)))
+    return apply(factor, np.eye(inverse.size(factor)))
 
 
 def sequences(positions, steps=8, d_in=4, d_out=3, examples=5):
@@ -28,15 +34,24 @@ def sequences(positions, steps=8, d_in=4, d_out=3, examples=5):
         yield rng.normal(size=(*shape, d_in)), rng.uniform(size=(*shape, d_out))
 
 
-@pytest.mark.parametrize("positions", [None, 1, 6])
+OPTIONS = [
+    {},
+    {"split": "sqrt"},
+    {"output_memory": 3},
+    {"input_memory": 3},
+    {"input_memory": 2, "output_memory": 40},
+]
+
+
 @pytest.mark.parametrize(
-    "options",
+    ("positions", "options"),
     [
-        {},
-        {"split": "sqrt"},
-        {"output_memory": 3},
-        {"input_memory": 3},
-        {"input_memory": 2, "output_memory": 40},
+        *((6, options) for options in OPTIONS),
+        (None, {}),
+        (None, OPTIONS[-1]),
+        (1, {}),
+        *(pytest.param(p, o, marks=SLOW) for p in (None, 1) for o in OPTIONS[1:-1]),
+        pytest.param(1, OPTIONS[-1], marks=SLOW),
     ],
     ids=str,
 )
@@ -92,17 +107,28 @@ def test_kbfgs_l_against_the_reference(memory):
             assert int(layer.output_status) == r["H_g_status"]
 
 
-@settings(deadline=None, max_examples=3)
-@given(memory=st.integers(1, 12), seed=st.integers(0, 100), damping=st.floats(0.01, 0.9))
+@functools.cache
+def step_with_damping(memory):
+    """The step of kbfgs_l, or of kbfgs, with the damping as an argument."""
+    loss_fn, *_ = problem()
+
+    def step(damping, *args):
+        whole = memory is None
+        tx = kfqn.kbfgs(LR, damping) if whole else kfqn.kbfgs_l(LR, damping, memory_size=memory)
+        return step_of(tx, loss_fn)(*args)
+
+    return jax.jit(step)
+
+
+@settings(deadline=None, max_examples=6)
+@given(memory=st.sampled_from([2, 7]), seed=st.integers(0, 100), damping=st.floats(0.01, 0.9))
 def test_kbfgs_l_is_kbfgs_until_the_memory_is_full(memory, seed, damping):
-    loss_fn, params, *_ = problem(seed=seed)
-    whole, limited = kfqn.kbfgs(LR, damping), kfqn.kbfgs_l(LR, damping, memory_size=memory)
-    states = [whole.init(params), limited.init(params)]
-    steps = [step_of(whole, loss_fn), step_of(limited, loss_fn)]
+    _, params, *_ = problem(seed=seed)
+    states = [kfqn.kbfgs(LR).init(params), kfqn.kbfgs_l(LR, memory_size=memory).init(params)]
     both = [params, params]
     for k, batch in enumerate(batches_for(params, count=memory + 3, seed=seed)):
-        for i in range(2):
-            both[i], states[i], _ = steps[i](both[i], states[i], *batch)
+        for i, size in enumerate((None, memory)):
+            both[i], states[i], _ = step_with_damping(size)(damping, both[i], states[i], *batch)
         layers = [layers_of(state) for state in states]
         for path in layers[0]:
             ours, theirs = layers[1][path], layers[0][path]
@@ -166,7 +192,7 @@ def test_a_side_above_max_factor_dim_keeps_pairs(method):
 
 
 @pytest.mark.parametrize("method", [kfqn.kbfgs, kfqn.kbfgs_l, kfqn.kfqn])
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
+@pytest.mark.parametrize("dtype", [jnp.float32, pytest.param(jnp.float64, marks=SLOW)])
 def test_all_methods_train_and_keep_their_dtypes(method, dtype):
     loss_fn, params, x, targets = problem(dtype=dtype)
     tx = method(0.1)
@@ -189,14 +215,20 @@ def test_warm_start_then_a_step_without_curvature(method):
     grads = jax.grad(loss_fn)(params, x, targets)
     A = kfqn.curvature_fn(loss_fn, params, x, targets)(params).layers["params/Dense_0"].input_moment
     expected = np.linalg.inv(A + np.sqrt(DAMPING) * np.eye(6))
-    _, state = tx.update(grads, state, params, curvature_fn=None)
+    update = jax.jit(functools.partial(tx.update, curvature_fn=None))
+    _, state = update(grads, state, params)
     assert relative(layers_of(state)["params/Dense_0"].input, expected) < 1e-10
-    _, again = tx.update(grads, state, params, curvature_fn=None)
+    _, again = update(grads, state, params)
     assert relative(layers_of(again)["params/Dense_0"].input, expected) < 1e-10
 
 
 @pytest.mark.parametrize(
-    ("make", "static"), [(kfqn.kbfgs, ()), (kfqn.kbfgs_l, "memory_size"), (kfqn.kfqn, ())]
+    ("make", "static"),
+    [
+        pytest.param(kfqn.kbfgs, (), marks=SLOW),  # in test_transform too
+        (kfqn.kbfgs_l, "memory_size"),
+        pytest.param(kfqn.kfqn, (), marks=SLOW),
+    ],
 )
 def test_inject_hyperparams(make, static):
     loss_fn, params, x, targets = problem()

@@ -46,10 +46,10 @@ def pair():
 
 def test_statistics_are_those_of_linen(pair):
     linen_loss, params, model, x, targets = pair
-    expected = kfqn.curvature_fn(linen_loss, params, x, targets)(params)
+    expected = jax.jit(kfqn.curvature_fn(linen_loss, params, x, targets))(params)
     for loss in [loss_fn, nnx.jit(loss_fn), nnx.remat(loss_fn), over_examples]:
         measure = kfqn.nnx_curvature_fn(loss, model, x, targets)
-        measured = measure(nnx.state(model, nnx.Param))
+        measured = jax.jit(measure)(nnx.state(model, nnx.Param))
         assert relative(measured.loss, expected.loss) < 1e-12
         assert set(measured.layers) == {"Dense_0", "Dense_1"}
         for name, layer in measured.layers.items():
@@ -108,6 +108,7 @@ def test_the_users_model_is_left_alone():
     before = jax.tree.map(np.asarray, jax.tree.leaves(nnx.state(model, nnx.BatchStat)))
     count = int(model.dropout.rngs.count[...])
     measure = kfqn.nnx_curvature_fn(loss_fn, model, x, targets)
+    measure = jax.jit(measure)
     first, again = (measure(nnx.state(model, nnx.Param)) for _ in range(2))
     jax.tree.map(np.testing.assert_array_equal, first, again)  # the same dropout mask
     assert type(model.Dense_0) is nnx.Linear
@@ -154,8 +155,13 @@ def test_layers_with_a_parameter_in_common_are_left_out():
     layers = kfqn.find_nnx_layers(loss_fn, model, x, x)
     assert [layer.path for layer in layers] == ["c"]
     optimizer = nnx.Optimizer(model, kfqn.kbfgs(0.1, layers=layers), wrt=nnx.Param)
-    grads = nnx.grad(loss_fn)(model, x, x)
-    optimizer.update(model, grads, curvature_fn=kfqn.nnx_curvature_fn(loss_fn, model, x, x))
+
+    @nnx.jit
+    def step(model, optimizer):
+        fn = kfqn.nnx_curvature_fn(loss_fn, model, x, x)
+        optimizer.update(model, nnx.grad(loss_fn)(model, x, x), curvature_fn=fn)
+
+    step(model, optimizer)
 
 
 def test_shapes_are_enough_to_find_layers():

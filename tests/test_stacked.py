@@ -94,7 +94,13 @@ def test_statistics_of_a_scanned_stack(axis, length, remat):
 
 
 @pytest.mark.parametrize(
-    ("axis", "method"), [(0, kfqn.kbfgs), (1, kfqn.kbfgs_l), (-1, kfqn.kfqn), (-1, kfqn.kbfgs)]
+    ("axis", "method"),
+    [
+        (0, kfqn.kbfgs),
+        (1, kfqn.kbfgs_l),
+        (-1, kfqn.kfqn),
+        pytest.param(-1, kfqn.kbfgs, marks=pytest.mark.slow),
+    ],
 )
 def test_training_a_scanned_stack(axis, method):
     (loss, params), (scanned, stacked), batch = setup(axis)

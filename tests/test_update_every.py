@@ -37,7 +37,10 @@ def kept_in_between(make, every, loss_fn, params, batches):
     return states
 
 
-@pytest.mark.parametrize(("method", "every"), [("kbfgs", 2), ("kbfgs_l", 3), ("kfqn", 3)])
+@pytest.mark.parametrize(
+    ("method", "every"),
+    [("kbfgs", 2), pytest.param("kbfgs_l", 3, marks=pytest.mark.slow), ("kfqn", 3)],
+)
 def test_it_is_curvature_fn_none_in_the_steps_between(method, every):
     make = METHODS[method]
     loss_fn, params, *_ = problem()
@@ -57,21 +60,21 @@ def test_it_is_curvature_fn_none_in_the_steps_between(method, every):
 
 def test_factors_change_in_every_kth_step_only():
     loss_fn, params, *_ = problem()
-    tx = kfqn.kbfgs(0.3, 0.3, update_every=3)
+    tx = kfqn.kbfgs(0.3, 0.3, update_every=2)
     step, state = step_of(tx, loss_fn), tx.init(params)
     changed = []
-    for batch in batches_for(params, count=7):
+    for batch in batches_for(params, count=5):
         old, (params, state, _) = layers_of(state), step(params, state, *batch)
         same = jax.tree.map(np.array_equal, old, layers_of(state))
         changed.append(not all(jax.tree.leaves(same)))
-    assert changed == [True, False, False, True, False, False, True]
+    assert changed == [True, False, True, False, True]
 
 
-@pytest.mark.parametrize("method", ["kbfgs", "kfqn"])
+@pytest.mark.parametrize("method", [pytest.param("kbfgs", marks=pytest.mark.slow), "kfqn"])
 def test_a_warm_start_is_not_left_waiting(method):
     """A of a warm start lies in the factor's place until a step makes the factor from it."""
     loss_fn, params, x, t = problem()
-    tx = METHODS[method](0.3, 0.3, update_every=4)
+    tx = METHODS[method](0.3, 0.3, update_every=3)
     step, state = step_of(tx, loss_fn), tx.init(params)
     for batch in batches_for(params, count=2):
         params, state, _ = step(params, state, *batch)

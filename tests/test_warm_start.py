@@ -182,8 +182,9 @@ def test_refusals():
         kfqn.warm_start(state, loss_fn, params, x)
     with pytest.raises(ValueError, match="batches is empty: warm_start needs at least one batch"):
         kfqn.warm_start(state, loss_fn, params, iter([]))
-    with pytest.raises(ValueError, match="opt_state holds no K-BFGS state to start"):
-        kfqn.warm_start(optax.adam(0.1).init(params), loss_fn, params, [(x, targets)])
+    for tx in (optax.adam(0.1), kfqn.mbf(0.1, 0.1)):
+        with pytest.raises(ValueError, match="no state to start, of kbfgs, kbfgs_l, kfqn, kfac or"):
+            kfqn.warm_start(tx.init(params), loss_fn, params, [(x, targets)])
     with pytest.raises(TypeError, match="must return the mean loss"):
         kfqn.warm_start(state, lambda p, x: x, params, [(x,)])
 
@@ -196,3 +197,18 @@ def test_a_layer_that_the_loss_does_not_call():
         ValueError, match=r"does not reach layer 'params/unused' of the state.*'params/Dense_0'"
     ):
         kfqn.warm_start(state, loss_fn, more, [(x, targets)])
+
+
+@pytest.mark.parametrize("method", [kfqn.kfac, kfqn.tkfac])
+def test_refusals_of_kfac_and_its_kin(method):
+    """Both of their moments are looked at, and both must be there."""
+    loss_fn, params, x, targets = problem()
+    state = method(0.1).init(params)
+    bad = targets.at[0, 0].set(1e100)  # finite; the gradient's outer product cannot be squared
+    with pytest.raises(
+        ValueError, match=f"moment of the {'output gradients' if method is kfqn.kfac else 'inputs'}"
+    ):
+        kfqn.warm_start(state, loss_fn, params, [(x, targets), (x, bad)])
+    more = {"params": params["params"] | {"unused": {"kernel": jnp.ones((2, 2))}}}
+    with pytest.raises(ValueError, match=r"does not reach layer 'params/unused' of the state"):
+        kfqn.warm_start(method(0.1).init(more), loss_fn, more, [(x, targets)])

@@ -13,7 +13,7 @@ error through: the optimizer, or Optax, refused. The table of ``docs/optax.md`` 
 
 from contract.common import common_tests, one_common_test
 from contract.devices import on_devices
-from contract.optimizers import OURS, PEERS, Optimizer
+from contract.optimizers import KIN, OURS, PEERS, Optimizer
 from contract.problem import BATCHES, alone, initial, loss_fn, step_of
 from contract.table import CHECKS, ON_DEVICES, outcome
 from contract.trees import close
@@ -21,6 +21,7 @@ from contract.trees import close
 __all__ = [
     "BATCHES",
     "CHECKS",
+    "KIN",
     "ON_DEVICES",
     "OURS",
     "PEERS",

@@ -4,10 +4,10 @@ import json
 import sys
 from pathlib import Path
 
-from contract import OURS, PEERS, devices, outcome
+from contract import KIN, OURS, PEERS, devices, outcome
 
 output, checks, *names = sys.argv[1:]
-everybody = OURS | PEERS
+everybody = OURS | KIN | PEERS
 outcomes = {
     check: {name: outcome(getattr(devices, check), everybody[name]) for name in names}
     for check in checks.split(",")

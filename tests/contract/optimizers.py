@@ -1,4 +1,4 @@
-"""The optimizers that the checks are run for: our three methods, and peers of Optax."""
+"""The optimizers that the checks are run for: our methods, their kin, and peers of Optax."""
 
 import dataclasses
 from collections.abc import Callable
@@ -52,6 +52,11 @@ OURS = {
         ("memory_size",),
     ),
     "kfqn": Optimizer("kfqn", kfqn.kfqn, _NUMBERS, _curvature),
+}
+KIN = {
+    "kfac": Optimizer("kfac", kfqn.kfac, _NUMBERS, _curvature),
+    "tkfac": Optimizer("tkfac", kfqn.tkfac, _NUMBERS, _curvature),
+    "mbf": Optimizer("mbf", kfqn.mbf, _NUMBERS),
 }
 PEERS = {
     "adam": Optimizer("adam", optax.adam, {"learning_rate": 0.1}),

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -447,9 +448,9 @@ def test_a_full_disk(tmp_path, monkeypatch):
 
 
 def _run(code):
-    code = (
-        f"import sys; sys.path[:0] = {sys.path!r}; import conftest, test_checkpoints as t\n{code}"
-    )
+    here = Path(__file__).parent  # there is a conftest in a folder below too
+    folders = [str(here.parent), str(here), *sys.path]
+    code = f"import sys; sys.path[:0] = {folders}; import conftest, test_checkpoints as t\n{code}"
     return subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, timeout=300, check=True
     )

@@ -32,8 +32,16 @@ def data_of(name):
     return tiny.images() if name == "fashion_mnist_cnn" else tiny.characters()
 
 
+@functools.cache
 def problem_of(name, framework):
+    """One for all tests, so that its functions are compiled once."""
     return tiny.CLASSIFIERS[name][framework](None)
+
+
+@functools.cache
+def start_of(name, framework):
+    """Parameters and state at seed 0."""
+    return problem_of(name, framework).init(0)
 
 
 def batch_of(name, count=6):
@@ -176,7 +184,7 @@ def numbers(tree):
 @pytest.mark.parametrize(("name", "framework"), BOTH)
 def test_curvature_is_measured_with_the_masks_and_averages_of_the_gradient(name, framework):
     problem, batch = problem_of(name, framework), batch_of(name)
-    params, state = problem.init(0)
+    params, state = start_of(name, framework)
     before = numbers(state)
     gradient_pass = jax.jit(problem.loss)
     loss, after = gradient_pass(params, batch, state)
@@ -197,7 +205,7 @@ def test_curvature_is_measured_with_the_masks_and_averages_of_the_gradient(name,
 def test_step_goes_on_with_the_state_of_the_gradient_pass(name, framework):
     """Not with that of a curvature pass."""
     problem, examples = problem_of(name, framework), batch_of(name, 20)
-    params, model_state = problem.init(0)
+    params, model_state = start_of(name, framework)
     config = tiny.config(learning_rate=0.1, fallback_learning_rate=0.1)
     optimizer = make_optimizer(
         config, lambda: problem.layers(params, steps.take(examples, slice(2)), model_state)
@@ -223,7 +231,7 @@ def test_step_goes_on_with_the_state_of_the_gradient_pass(name, framework):
 @pytest.mark.parametrize("framework", ["linen", "nnx"])
 def test_evaluation_uses_running_averages(framework):
     problem, batch = problem_of("fashion_mnist_cnn", framework), batch_of("fashion_mnist_cnn", 30)
-    params, state = problem.init(0)
+    params, state = start_of("fashion_mnist_cnn", framework)
     loss = jax.jit(problem.loss)
     errors = jax.jit(problem.errors)
     fresh, _ = errors(params, batch, state)
@@ -244,7 +252,7 @@ def test_evaluation_uses_running_averages(framework):
 @pytest.mark.parametrize("framework", ["linen", "nnx"])
 def test_evaluation_has_no_dropout(framework):
     problem, batch = problem_of("char_transformer", framework), batch_of("char_transformer")
-    params, state = problem.init(0)
+    params, state = start_of("char_transformer", framework)
     _, after = jax.jit(problem.loss)(params, batch, state)
     one, other = (jax.jit(problem.errors)(params, batch, s) for s in (state, after))
     jax.tree.map(np.testing.assert_array_equal, one, other)

@@ -271,6 +271,7 @@ def _run(command, *arguments, env):
 def test_end_to_end(tmp_path):
     """CURVES from nothing: generated, trained with K-BFGS, drawn; then what a wrong call gives."""
     env = os.environ | {"TFDS_DATA_DIR": str(tmp_path / "tfds")}
+    env["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
     common = ["--config", "configs/curves.py", "--config.train_examples=300"]
     common += ["--config.batch_size=100", "--config.epochs=1", "--config.curvature_examples=20"]
     workdir = str(tmp_path / "kbfgs")
