@@ -18,12 +18,12 @@ KBFGS_EPOCHS ?= 30
 ADAM_EPOCHS ?= 60
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-fast test-slow soak bench bench-more lint docs wheel-check clean
+.PHONY: help demo notebooks test test-fast test-slow soak bench bench-more lint docs wheel-check clean
 
 help:
 	@sed -n '1,/^$$/ s/^# \{0,1\}//p' Makefile
-	@echo "also: test-fast (the library without the experiments), test-slow, soak, bench-more, lint,"
-	@echo "wheel-check (builds the package, tries it in an empty environment), clean"
+	@echo "also: test-fast (the library without the experiments), test-slow, soak, bench-more,"
+	@echo "notebooks (runs them anew), lint, wheel-check (tries the package in an empty environment), clean"
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
@@ -47,6 +47,10 @@ demo: $(VENV)/.installed-experiment
 	$(BIN)/kfqn-train --config configs/curves.py --workdir $(DEMO)/adam \
 		--config.optimizer=adam --config.learning_rate=0.001 --config.epochs=$(ADAM_EPOCHS)
 	$(BIN)/kfqn-compare $(DEMO)/kbfgs $(DEMO)/adam --output $(DEMO)/compare.png
+
+# Runs the notebooks at full size and writes them back with their outputs.
+notebooks: $(VENV)/.installed-notebooks
+	$(BIN)/python notebooks/execute.py
 
 test: $(VENV)/.installed-experiment+test
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile

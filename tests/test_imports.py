@@ -200,6 +200,18 @@ def test_the_library_alone_imports_nothing_heavy():
     assert new - sys.stdlib_module_names == {"kfqn_optax"}
 
 
+@pytest.mark.parametrize("room", ["__init__", "load", "curves", "idx"])
+def test_what_the_notebooks_draw_needs_only_numpy(room):
+    """Where no function is entered; `load` imports what it needs when it is called."""
+    file = PACKAGE / "experiment" / "datasets" / f"{room}.py"
+    heads = [
+        n for n in ast.parse(file.read_text()).body if isinstance(n, ast.Import | ast.ImportFrom)
+    ]
+    names = [n.module if isinstance(n, ast.ImportFrom) else n.names[0].name for n in heads]
+    others = {name for name in names if name.split(".")[0] not in sys.stdlib_module_names}
+    assert others <= {"numpy", "kfqn_optax.experiment.datasets.load"}
+
+
 @pytest.mark.parametrize("name", kfqn_optax.__all__)
 def test_public_names_have_docstrings(name):
     thing = getattr(kfqn_optax, name)
