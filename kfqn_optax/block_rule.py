@@ -80,7 +80,7 @@ class Settings:
 
 def scale_by_block_kbfgs(
     learning_rate: ScalarOrSchedule = 1.0,
-    damping: ScalarOrSchedule = 0.1,
+    damping: ScalarOrSchedule = 0.03,
     *,
     pairs: Number = 8,
     momentum: Number = 0.9,
@@ -303,7 +303,7 @@ def _check_layers(settings: Settings, present: Sequence[Layer]) -> None:
 
 def block_kbfgs(
     learning_rate: ScalarOrSchedule = 1.0,
-    damping: ScalarOrSchedule = 0.1,
+    damping: ScalarOrSchedule = 0.03,
     *,
     pairs: Number = 8,
     momentum: Number = 0.9,
