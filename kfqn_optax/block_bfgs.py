@@ -48,7 +48,7 @@ def update(
         start: the scale of a factor that starts anew, above 0.
 
     Returns:
-        H, symmetric to the last bit; as it was if no pair could be taken or the update overflows.
+        H; as it was if no pair could be taken or the update would overflow.
     """
     usable = jnp.all(jnp.isfinite(s) & jnp.isfinite(y), axis=-1, keepdims=True)
     s, y = jnp.where(usable, s, 0), jnp.where(usable, y, 0)
@@ -63,7 +63,7 @@ def update(
     By = pairs.matmul(B, y.T)
     numbers = jnp.finfo(H.dtype)
 
-    def take(carry: tuple[jax.Array, ...], i: jax.Array) -> tuple[tuple[jax.Array, ...], None]:
+    def take(carry: tuple[jax.Array, ...], i: jax.Array) -> tuple[tuple[jax.Array, ...], Any]:
         """One pair, in coordinates of B: its s is the i-th row, its Hy is ``B^T w``."""
         C, updated, damped = carry
         products = By[:, i]
@@ -76,20 +76,22 @@ def update(
         sy = jnp.where(by_powell, powell * yHy, sy)
         rho = 1 / jnp.where(sy > 0, sy, 1)
         u = (1 + rho * yHy) * rho / 2 * v - rho * w
-        new = C + v[:, None] * u[None, :] + u[:, None] * v[None, :]
         in_range = (sy > numbers.tiny / numbers.eps) & (sy < numbers.max * numbers.eps)
-        ok = (yHy > 0) & in_range & jnp.isfinite(jnp.sum(new))
-        return (jnp.where(ok, new, C), updated + ok, damped + (ok & by_powell)), None
+        ok = (yHy > 0) & in_range & jnp.isfinite(jnp.sum(jnp.abs(v)) * jnp.sum(jnp.abs(u)))
+        v, u = jnp.where(ok, v, 0), jnp.where(ok, u, 0)
+        C = C + v[:, None] * u[None, :] + u[:, None] * v[None, :]
+        return (C, updated + ok, damped + (ok & by_powell)), (v, u)
 
     none = jnp.zeros((), jnp.int32)
-    (C, updated, damped), _ = jax.lax.scan(
+    (_, updated, damped), (v, u) = jax.lax.scan(
         take, (jnp.zeros((2 * q, 2 * q), H.dtype), none, none), jnp.arange(q)
     )
-    new = H + pairs.matmul(B.T, pairs.matmul(C, B))
-    new = (new + new.T) / 2
-    fits = jnp.isfinite(jnp.sum(new))
-    taken = Taken(jnp.where(fits, updated, 0), jnp.where(fits, damped, 0), reset)
-    return jnp.where(fits, new, H), taken
+    # As the sum of two products, each the transpose of the other, it is symmetric to the last bit.
+    V, U = pairs.matmul(v, B), pairs.matmul(u, B)
+    fits = jnp.isfinite(2 * q * jnp.max(jnp.abs(V)) * jnp.max(jnp.abs(U)))
+    V, U = jnp.where(fits, V, 0), jnp.where(fits, U, 0)
+    new = H + (pairs.matmul(V.T, U) + pairs.matmul(U.T, V))
+    return new, Taken(jnp.where(fits, updated, 0), jnp.where(fits, damped, 0), reset)
 
 
 def _times(matrix: jax.Array, vector: jax.Array) -> Any:

@@ -140,7 +140,7 @@ def test_learning_rates(rate):
     if rate == 0:
         equal(params, begin)
         for layer in layers_of(state).values():
-            assert relative(layer.output, np.eye(len(layer.output)) / np.sqrt(0.1)) < 1e-6
+            assert relative(layer.output, np.eye(len(layer.output)) / np.sqrt(0.03)) < 1e-6
     else:
         assert loss_fn(params, x, t) < 0.7 * before
 
