@@ -1,7 +1,9 @@
-# make demo    train the CURVES autoencoder with K-BFGS and with Adam, compare them in a figure
-# make test    the whole test suite
-# make bench   what a step costs beside a plain one, by method, stage, width and batch
-# make docs    the documentation's site, in site/; warnings are errors
+# make demo       train the CURVES autoencoder with K-BFGS and with Adam, compare them in a figure
+# make test       the whole test suite
+# make coverage   the same, and which lines of the package it does not run
+# make mutants    whether the tests find mistakes made on purpose
+# make bench      what a step costs beside a plain one, by method, stage, width and batch
+# make docs       the documentation's site, in site/; warnings are errors
 #
 # Each target makes its own virtual environment first: .venv, or .venv-NAME with PYTHON=NAME, as in
 #     make test PYTHON=python3.12
@@ -18,7 +20,7 @@ KBFGS_EPOCHS ?= 30
 ADAM_EPOCHS ?= 60
 
 .DEFAULT_GOAL := help
-.PHONY: help demo notebooks test test-fast test-slow soak bench bench-more lint docs wheel-check clean
+.PHONY: help demo notebooks test test-fast test-slow coverage mutants soak bench bench-more lint docs wheel-check clean
 
 help:
 	@sed -n '1,/^$$/ s/^# \{0,1\}//p' Makefile
@@ -60,6 +62,14 @@ test-fast: $(VENV)/.installed-test
 
 test-slow: $(VENV)/.installed-experiment+test
 	$(BIN)/python -m pytest -n $(WORKERS) -m slow
+
+coverage: $(VENV)/.installed-experiment+test
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --cov --cov-report=term-missing
+
+# Mistakes that were tried before are not tried again; AGAIN=--again tries them all.
+AGAIN ?=
+mutants: $(VENV)/.installed-experiment+test
+	$(BIN)/python -m benchmarks.mutants $(AGAIN)
 
 # Property tests with 20 times the cases.
 soak: $(VENV)/.installed-experiment+test

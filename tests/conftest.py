@@ -1,5 +1,6 @@
 """Settings of every test: float64 allowed, no silent broadcasting of ranks."""
 
+import os
 import tempfile
 from pathlib import Path
 
@@ -14,6 +15,11 @@ jax.config.update("jax_enable_x64", True)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 # The time of the tests is compilation; the machine code of these tiny programs need not be fast.
 jax.config.update("jax_disable_most_optimizations", True)
+# XLA's older code generator takes a quarter of the time. It reads this when the first program is
+# compiled, and would not start with a flag that it does not know.
+if jax.__version__.startswith("0.10."):
+    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_use_fusion_emitters=false"
+    os.environ["XLA_FLAGS"] = flags.strip()
 # Many tests compile the same program again, each in a jit of its own: these are found here. The
 # folder belongs to this process alone and goes with it, unless JAX_COMPILATION_CACHE_DIR names one.
 if jax.config.jax_compilation_cache_dir is None:

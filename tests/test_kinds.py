@@ -1,5 +1,7 @@
 """Every kind of layer through the public names: what is measured against explicit sums of rows."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -93,9 +95,25 @@ MODELS = {
 }
 
 
+# They differ from others in their geometry alone, of which whole steps know nothing.
+GEOMETRIES = {
+    "dense on sequences", "conv 1-d causal", "conv 2-d valid, no bias", "conv 2-d dilated",
+    "conv 2-d explicit padding", "conv 3-d", "depthwise conv", "dense general", "attend",
+}  # fmt: skip
+SLOW = pytest.mark.slow
+
+
+def kinds(method=None):
+    """The models as cases of a test, with a method if one is given; some of them slow."""
+    for name in MODELS:
+        case = (name,) if method is None else (name, method)
+        yield pytest.param(*case, marks=SLOW if name in GEOMETRIES else ())
+
+
+@functools.cache
 def setup(name):
     model, x = MODELS[name]
-    params = model.init(jax.random.key(0), x)
+    params = jax.jit(model.init)(jax.random.key(0), x)
     return model, curved_loss(model), params, x
 
 
@@ -140,8 +158,9 @@ def test_statistics_against_explicit_rows(name):
     layers = {layer.path: layer for layer in kfqn.find_layers(loss_fn, params, x)}
     assert set(measured.layers) == set(layers)
     assert layers
-    assert relative(measured.loss, loss_fn(params, x)) < 1e-14  # terms of both signs: a few ulp
-    gradients = named_leaves(jax.grad(loss_fn)(params, x))
+    loss, gradients = jax.jit(jax.value_and_grad(loss_fn))(params, x)
+    assert relative(measured.loss, loss) < 1e-14  # terms of both signs: a few ulp
+    gradients = named_leaves(gradients)
     examples = 5 if name == "dense general, batch" else 4
     for path, met in watched(model, params, x, loss_fn).items():
         layer, ours = layers[path], measured.layers[path]
@@ -181,7 +200,7 @@ def test_statistics_against_explicit_rows(name):
 def test_cotangents_against_the_output_rows(name):
     """g of every row, from the gradient with respect to the layer's own output."""
     model, loss_fn, params, x = setup(name)
-    measured = kfqn.curvature_fn(loss_fn, params, x)(params)
+    measured = measure(loss_fn, params, x)
     (path,) = measured.layers
     ((call, inputs, output),) = watched(model, params, x, loss_fn)[path]
     weights = jnp.asarray(np.random.default_rng(1).normal(size=output.shape))
@@ -193,7 +212,7 @@ def test_cotangents_against_the_output_rows(name):
 
 def test_a_recurrent_cell_sums_over_time():
     _, loss_fn, params, x = setup("recurrent")
-    measured = kfqn.curvature_fn(loss_fn, params, x)(params)
+    measured = measure(loss_fn, params, x)
     assert {float(layer.rows) for layer in measured.layers.values()} == {20.0}
     assert {float(layer.examples) for layer in measured.layers.values()} == {4.0}
     layer = measured.layers["params/GRUCell_0/in"]
@@ -208,7 +227,7 @@ def test_the_key_projection_has_no_mean_cotangent(dtype):
     params, x = jax.tree.map(lambda v: v.astype(dtype), (params, x))
     layers = kfqn.find_layers(loss_fn, params, x)
     assert len(layers) == 4
-    measured = kfqn.curvature_fn(loss_fn, params, x)(params).layers
+    measured = measure(loss_fn, params, x).layers
     (key,) = (path for path in measured if path.endswith("key"))
     (query,) = (path for path in measured if path.endswith("query"))
     size = {path: float(jnp.abs(measured[path].cotangent_mean).max()) for path in (key, query)}
@@ -226,9 +245,10 @@ def test_the_key_projection_has_no_mean_cotangent(dtype):
 
 
 STEPS = [
-    *((name, kfqn.kbfgs) for name in MODELS),
-    *((name, kfqn.kfqn) for name in ("conv 2-d strided", "conv in groups", "attention", "embed")),
-    ("conv in groups", kfqn.kbfgs_l),
+    *kinds(kfqn.kbfgs),
+    *((name, kfqn.kfqn) for name in ("conv in groups", "embed")),
+    *(pytest.param(n, kfqn.kfqn, marks=SLOW) for n in ("conv 2-d strided", "attention")),
+    pytest.param("conv in groups", kfqn.kbfgs_l, marks=SLOW),
 ]
 
 
@@ -238,12 +258,12 @@ def test_a_step_with_every_kind(name, method):
     _, loss_fn, params, x = setup(name)
     layers = kfqn.find_layers(loss_fn, params, x)
     tx = method(1e-3, momentum=0.0, layers=layers)
-    state, step = tx.init(params), step_of(tx, loss_fn)
+    state, step, loss = tx.init(params), step_of(tx, loss_fn), jax.jit(loss_fn)
     start = params
     for _ in range(3):
-        before = loss_fn(params, x)
+        before = loss(params, x)
         params, state, updates = step(params, state, x)
-        assert float(loss_fn(params, x)) < float(before)
+        assert float(loss(params, x)) < float(before)
     assert step._cache_size() == 1
     assert jax.tree.map(jnp.shape, params) == jax.tree.map(jnp.shape, start)
     for layer in layers:
@@ -259,13 +279,11 @@ def test_the_direction_is_the_product_with_both_factors(name):
     _, loss_fn, params, x = setup(name)
     layers = kfqn.find_layers(loss_fn, params, x)
     tx = kfqn.scale_by_kbfgs(0.1, layers=layers)
-    state = tx.init(params)
+    state, step, gradient = tx.init(params), step_of(tx, loss_fn), jax.jit(jax.grad(loss_fn))
     for _ in range(2):
-        grads = jax.grad(loss_fn)(params, x)
         before = state
-        updates, state = tx.update(
-            grads, state, params, curvature_fn=kfqn.curvature_fn(loss_fn, params, x)
-        )
+        _, state, updates = step(params, state, x)
+    grads = gradient(params, x)
     gradients, directions = named_leaves(grads), named_leaves(updates)
     for layer in layers:
         held = before.layers[layer.path]
@@ -275,7 +293,7 @@ def test_the_direction_is_the_product_with_both_factors(name):
         assert relative(P, expected) < 1e-10
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", [*kinds()])
 def test_loss_and_gradient_are_untouched_to_the_last_bit(name):
     _, loss_fn, params, x = setup(name)
     plain = jax.jit(jax.value_and_grad(loss_fn))(params, x)
@@ -297,7 +315,7 @@ def test_embedding_tied_to_the_output():
     layers = {layer.path: layer for layer in kfqn.find_layers(loss_fn, params, x)}
     embed = layers["params/Embed_0"]
     assert (embed.kind, embed.d_in, embed.d_out, embed.lookup) == ("attend", 4, 7, False)
-    measured = kfqn.curvature_fn(loss_fn, params, x)(params).layers["params/Embed_0"]
+    measured = measure(loss_fn, params, x).layers["params/Embed_0"]
     assert float(measured.rows) == 20  # not 40
 
 
@@ -308,11 +326,9 @@ def test_an_embedding_is_inverted_exactly():
     state = tx.init(params)
     assert isinstance(layers[0], kfqn.Layer)
     assert layers[0].lookup
+    step = step_of(tx, loss_fn)
     for _ in range(2):
-        grads = jax.grad(loss_fn)(params, x)
-        _, state = tx.update(
-            grads, state, params, curvature_fn=kfqn.curvature_fn(loss_fn, params, x)
-        )
+        _, state, _ = step(params, state, x)
     counts = np.bincount(np.asarray(x).ravel(), minlength=7) / 4
     held = state.layers["params"]
     assert relative(held.input_moment, counts) < 1e-12
@@ -330,7 +346,7 @@ def test_padded_positions_count_as_inputs_and_not_as_cotangents():
     def loss_fn(params, x):
         return jnp.sum(jnp.where(mask, model.apply(params, x) ** 2, 0)) / 4
 
-    measured = kfqn.curvature_fn(loss_fn, params, x)(params).layers["params"]
+    measured = measure(loss_fn, params, x).layers["params"]
     g = 2 * np.asarray(model.apply(params, x))[:, :4]
     assert relative(measured.cotangent_mean, g.sum(axis=(0, 1)) / 24) < 1e-12
     assert float(measured.rows) == 24

@@ -3,12 +3,18 @@
 from benchmarks.mutants.mutant import in_file
 
 _GOLDEN = "tests/test_golden.py::test_every_recorded_array_in_float64[kbfgs_mse]"
-_WHOLE = "tests/test_transform.py::test_the_whole_optimizer_is_the_reference"
-_FAULTS = "tests/test_faults.py"
+_FAULTS = "tests/test_faults.py::test_output_side"
+_MEAN = "tests/test_faults.py::test_mean_input"
+_MOMENT = "tests/test_faults.py::test_second_moment"
+_DAMPING = "tests/test_faults_of_data.py::test_a_schedule_of_damping_that_fails"
+_KFQN = "tests/test_methods.py::test_kfqn_against_the_reference"
+_WARM = "tests/test_methods.py::test_warm_start_then_a_step_without_curvature"
+_NOISE = "tests/test_kinds.py::test_the_key_projection_has_no_mean_cotangent"
+_EMBEDDING = "tests/test_kinds.py::test_an_embedding_is_inverted_exactly"
 
 _statistics = in_file("statistics", "tests/test_statistics.py", _FAULTS)
-_intake = in_file("intake", "tests/test_factors.py", "tests/test_intake.py", _FAULTS)
-_factors = in_file("factors", "tests/test_factors.py", _FAULTS)
+_intake = in_file("intake", "tests/test_factors.py", "tests/test_intake.py", _MEAN, _MOMENT)
+_factors = in_file("factors", "tests/test_factors.py", _FAULTS, _MEAN)
 _transform = in_file("transform", _GOLDEN, "tests/test_transform.py")
 _direction = in_file("direction", _GOLDEN, "tests/test_transform.py", _FAULTS)
 
@@ -36,21 +42,20 @@ STEPS = (
     _intake(
         "usable = (rows > 0) & is_usable(seen) & damped",
         "usable = (rows > 0) & is_usable(seen)",
-        "tests/test_faults_of_data.py",
+        _DAMPING,
     ),
     _intake(
         "jnp.where(rows > 0, rows / examples, positions)",
         "jnp.where(rows > 0, rows, positions)",
-        "tests/test_geometry.py",
-        "tests/test_kinds.py",
+        _KFQN,
     ),
     _intake("jnp.sum(jnp.abs(moment), axis=-1) if matrix", "jnp.sum(moment, axis=-1) if matrix"),
     _intake("(begun.stage != EMPTY) & (state.stage != RUNNING)", "(begun.stage != EMPTY)"),
-    _intake("A = jnp.where(stage == WARM, held, batch)", "A = batch", "tests/test_methods.py"),
+    _intake("A = jnp.where(stage == WARM, held, batch)", "A = batch", _WARM),
     _intake(
         "first = starts(states[path], begun[path]) & is_damping(damping)",
         "first = starts(states[path], begun[path])",
-        "tests/test_faults_of_data.py",
+        _DAMPING,
         reason="`begin` has looked at the damping and left the stage alone",
     ),
     _intake("jnp.where(first & ~usable, was, begun[path].stage)", "begun[path].stage"),
@@ -64,16 +69,16 @@ STEPS = (
     _factors(
         "reached & finite & ~drowned",
         "reached & finite",
-        "tests/test_kinds.py",
+        _NOISE,
         "tests/test_factors.py",
     ),
     _factors(
         "_is_noise(at) & _is_noise(plus)",
         "_is_noise(at)",
         "tests/test_factors.py",
-        "tests/test_kinds.py",
+        _NOISE,
     ),
-    _factors("return size < measured.cotangent_noise", "return size < 0", "tests/test_kinds.py"),
+    _factors("return size < measured.cotangent_noise", "return size < 0", _NOISE),
     _factors(
         "jnp.where(usable, running_average(y, raw.y, options.pair_decay), y)",
         "running_average(y, raw.y, options.pair_decay)",
@@ -81,7 +86,7 @@ STEPS = (
     _factors(
         "status = jnp.where(is_damping(damping), status, pairs.NOT_FINITE)",
         "",
-        "tests/test_faults_of_data.py",
+        _DAMPING,
     ),
     _factors("by_powell & usable", "by_powell"),
     _factors(
@@ -91,14 +96,14 @@ STEPS = (
     _factors(
         "_, damping = dampings(options, root, positions)",
         "damping, _ = dampings(options, root, positions)",
-        "tests/test_methods.py",
+        _KFQN,
     ),
     _factors("is_usable(seen) & (stage == RUNNING)", "(stage == RUNNING)"),
     _factors("is_usable(seen) & (stage == RUNNING)", "is_usable(seen)"),
     _factors(
         "(stage == RUNNING) & is_damping(damping)",
         "(stage == RUNNING)",
-        "tests/test_faults_of_data.py",
+        _DAMPING,
     ),
     _factors("jnp.where(at != 0, status, pairs.NOT_MEASURED)", "status"),
     _factors(
@@ -108,9 +113,9 @@ STEPS = (
     _factors(
         "new = 1 / (states[path].input_moment + damping[..., None])",
         "new = 1 / states[path].input_moment",
-        "tests/test_kinds.py",
+        _EMBEDDING,
     ),
-    _factors("(status == pairs.UPDATED)[..., None]", "True", "tests/test_kinds.py"),
+    _factors("(status == pairs.UPDATED)[..., None]", "True", _EMBEDDING),
     _transform(
         "root = jnp.sqrt(jnp.asarray(value_at(options.damping, state.count)))",
         "root = jnp.asarray(value_at(options.damping, state.count))",
@@ -139,12 +144,12 @@ STEPS = (
     _transform(
         "vectors = factors.input_steps(unstored, begun,",
         "vectors = factors.input_steps(unstored, held,",
-        "tests/test_methods.py",
+        _KFQN,
     ),
     _transform(
         "again = curvature_fn(params, moments=[], vectors=vectors)",
         "again = curvature_fn(probe, moments=[], vectors=vectors)",
-        "tests/test_methods.py",
+        _KFQN,
     ),
     _direction("inverse.apply_to_rows(H_g, inverse.apply(H_a, M))", "inverse.apply(H_a, M)"),
     _direction(

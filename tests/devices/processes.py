@@ -14,8 +14,9 @@ def run(asked, devices=8, processes=1, seconds=300, quick=True):
     ``quick``: compiled quickly, to slow programs.
     """
     tests = Path(__file__).parents[1]
+    flags = os.environ.get("XLA_FLAGS", "") if quick else ""
     more = {
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        "XLA_FLAGS": f"{flags} --xla_force_host_platform_device_count={devices}",
         "PYTHONPATH": os.pathsep.join([str(tests), str(tests.parent)]),
         "JAX_PLATFORMS": "cpu",
         "JAX_DISABLE_MOST_OPTIMIZATIONS": str(int(quick)),

@@ -3,15 +3,17 @@
 import json
 import os
 import re
-import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+import tensorflow_datasets as tfds
 import tiny
 
-from kfqn_optax.experiment import cli, train
+from kfqn_optax.experiment import cli, datasets, train
+from kfqn_optax.experiment.datasets import curves
 from kfqn_optax.experiment.problems import PROBLEMS
 from kfqn_optax.experiment.workdir import METRICS
 
@@ -268,16 +270,27 @@ def _run(command, *arguments, env):
     )
 
 
-def test_end_to_end(tmp_path):
-    """CURVES from nothing: generated, trained with K-BFGS, drawn; then what a wrong call gives."""
-    env = os.environ | {"TFDS_DATA_DIR": str(tmp_path / "tfds")}
-    env["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
-    common = ["--config", "configs/curves.py", "--config.train_examples=300"]
-    common += ["--config.batch_size=100", "--config.epochs=1", "--config.curvature_examples=20"]
-    workdir = str(tmp_path / "kbfgs")
-    done = _run("train", *common, "--workdir", workdir, env=env)
+@pytest.fixture(scope="module")
+def trained_on_curves(tmp_path_factory):
+    """A folder with the images of CURVES in ``tfds`` and a run in ``kbfgs``; what the run said."""
+    folder = tmp_path_factory.mktemp("curves")
+    arguments = ["--config", "configs/curves.py", "--config.train_examples=300"]
+    arguments += ["--config.batch_size=100", "--config.epochs=1", "--config.curvature_examples=20"]
+    done = _run("train", *arguments, "--workdir", str(folder / "kbfgs"), env=_env(folder))
     assert done.returncode == 0, done.stderr
-    assert "300 train and 10000 test images, 28 x 28" in done.stderr
+    (folder / "said").write_text(done.stderr)
+    return folder
+
+
+def _env(folder):
+    quick = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+    return os.environ | quick | {"TFDS_DATA_DIR": str(folder / "tfds")}
+
+
+def test_end_to_end(trained_on_curves, tmp_path):
+    """CURVES from nothing: generated, trained with K-BFGS, drawn; then what a wrong call gives."""
+    workdir = str(trained_on_curves / "kbfgs")
+    assert "300 train and 10000 test images, 28 x 28" in (trained_on_curves / "said").read_text()
     text = Path(workdir, "metrics.jsonl").read_text(encoding="utf-8")
     lines = [json.loads(line) for line in text.splitlines()]
     assert [line["step"] for line in lines] == [0, 3]
@@ -285,13 +298,44 @@ def test_end_to_end(tmp_path):
     assert 540 < lines[0]["train_loss"] < 547
     assert lines[1]["train_loss"] < 530
 
+    env = _env(tmp_path)
     done = _run("compare", workdir, "--output", str(tmp_path / "figure.png"), env=env)
     assert (done.returncode, done.stderr) == (0, "")
     assert "K-BFGS, lr 0.3, damping 0.1" in done.stdout
 
-    shutil.rmtree(tmp_path / "tfds")
     arguments = ["--config", "configs/mnist.py", "--config.data_dir", str(tmp_path)]
     done = _run("train", *arguments, "--workdir", str(tmp_path / "mnist"), env=env)
     assert done.returncode == 1
     assert "Traceback" not in done.stderr
     assert "train-images-idx3-ubyte" in done.stderr
+
+
+def test_curves_in_full(trained_on_curves, monkeypatch):
+    """All of the images, as the command above has written them."""
+    tfds_folder = trained_on_curves / "tfds"
+    monkeypatch.setenv("TFDS_DATA_DIR", str(tfds_folder))
+    data = datasets.load("curves")
+    assert data.name == "curves"
+    assert data.image_shape == (28, 28)
+    assert data.train.shape == (20_000, 784)
+    assert data.test.shape == (10_000, 784)
+    for images in data.train, data.test:
+        assert images.dtype == np.float32
+        assert images.flags.c_contiguous
+        assert images.min() == 0
+        assert images.max() == 1
+        assert images.mean() == pytest.approx(0.066, abs=0.001)
+    np.testing.assert_array_equal(
+        data.test[:5], curves.generate(5, seed=1).reshape(5, -1) / np.float32(255)
+    )
+    # 18 principal components: 5.90 in the paper.
+    centre = data.train.mean(axis=0)
+    _, basis = np.linalg.eigh(np.cov(data.train, rowvar=False))
+    rest = (data.test - centre) @ basis[:, :-18]
+    assert (rest**2).sum(axis=1).mean() == pytest.approx(5.9, abs=0.1)
+    source = tfds.data_source(
+        "kfqn_curves", split="train", data_dir=tfds_folder, download=False,
+        builder_kwargs={"file_format": "array_record"},
+    )  # fmt: skip
+    assert len(source) == 20_000
+    assert source[0]["image"].shape == (28, 28, 1)

@@ -5,9 +5,7 @@ import pytest
 
 pytest.importorskip("tensorflow_datasets", reason="needs the extra 'experiment'")
 
-import tensorflow_datasets as tfds
 
-from kfqn_optax.experiment import datasets
 from kfqn_optax.experiment.datasets import curves
 
 
@@ -39,31 +37,3 @@ def test_curves_repeat_and_differ():
     assert len(np.unique(images.reshape(50, -1), axis=0)) == 50
     assert (images != curves.generate(50, seed=4)).any(axis=(1, 2)).all()
     assert (images.max(axis=(1, 2)) > 200).all()
-
-
-def test_curves_in_full(tfds_folder):
-    data = datasets.load("curves")
-    assert data.name == "curves"
-    assert data.image_shape == (28, 28)
-    assert data.train.shape == (20_000, 784)
-    assert data.test.shape == (10_000, 784)
-    for images in data.train, data.test:
-        assert images.dtype == np.float32
-        assert images.flags.c_contiguous
-        assert images.min() == 0
-        assert images.max() == 1
-        assert images.mean() == pytest.approx(0.066, abs=0.001)
-    np.testing.assert_array_equal(
-        data.test[:5], curves.generate(5, seed=1).reshape(5, -1) / np.float32(255)
-    )
-    # 18 principal components: 5.90 in the paper.
-    centre = data.train.mean(axis=0)
-    _, basis = np.linalg.eigh(np.cov(data.train, rowvar=False))
-    rest = (data.test - centre) @ basis[:, :-18]
-    assert (rest**2).sum(axis=1).mean() == pytest.approx(5.9, abs=0.1)
-    source = tfds.data_source(
-        "kfqn_curves", split="train", data_dir=tfds_folder, download=False,
-        builder_kwargs={"file_format": "array_record"},
-    )  # fmt: skip
-    assert len(source) == 20_000
-    assert source[0]["image"].shape == (28, 28, 1)
