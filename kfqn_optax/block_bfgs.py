@@ -48,7 +48,8 @@ def update(
         start: the scale of a factor that starts anew, above 0.
 
     Returns:
-        H; as it was if no pair could be taken or the update would overflow.
+        H, symmetric to the last bit; as it was if no pair could be taken or the update would
+        overflow.
     """
     usable = jnp.all(jnp.isfinite(s) & jnp.isfinite(y), axis=-1, keepdims=True)
     s, y = jnp.where(usable, s, 0), jnp.where(usable, y, 0)
@@ -86,11 +87,11 @@ def update(
     (_, updated, damped), (v, u) = jax.lax.scan(
         take, (jnp.zeros((2 * q, 2 * q), H.dtype), none, none), jnp.arange(q)
     )
-    # As the sum of two products, each the transpose of the other, it is symmetric to the last bit.
     V, U = pairs.matmul(v, B), pairs.matmul(u, B)
     fits = jnp.isfinite(2 * q * jnp.max(jnp.abs(V)) * jnp.max(jnp.abs(U)))
     V, U = jnp.where(fits, V, 0), jnp.where(fits, U, 0)
-    new = H + (pairs.matmul(V.T, U) + pairs.matmul(U.T, V))
+    change = pairs.matmul(V.T, U)
+    new = H + (change + change.T)
     return new, Taken(jnp.where(fits, updated, 0), jnp.where(fits, damped, 0), reset)
 
 

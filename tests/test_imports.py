@@ -144,7 +144,7 @@ def test_a_room_imports_only_rooms_above_it():
         },
         "direction": {"options", "layers", "inverse"},
         "health": {"pairs", "layer_state", "summary"},
-        "moments": {"options", "layers", "layer_state", "bfgs", "inverse"},
+        "moments": {"options", "layers", "layer_state", "bfgs", "inverse", "statistics"},
         "sampling": set(),
         "natural": {
             "checks", "direction", "layers", "moments", "options", "statistics", "transform",
