@@ -163,7 +163,7 @@ def test_a_room_imports_only_rooms_above_it():
             "block_state", "checks", "direction", "layers", "optimizer", "options", "statistics",
             "transform", "trust",
         },
-        "mini_block": {"inverse", "layers", "options"},
+        "mini_block": {"inverse", "layers", "options", "statistics"},
         "mbf_rule": {
             "checks", "layers", "mini_block", "optimizer", "options", "statistics", "transform",
         },
