@@ -28,6 +28,7 @@ _METHODS = {
     ScaleByTKFACState: "TKFAC",
 }
 _MAKERS = {
+    ScaleByBlockKBFGSState: "block_kbfgs",
     ScaleByKBFGSState: "kbfgs, kbfgs_l, kfqn",
     ScaleByKFACState: "kfac",
     ScaleByMBFState: "mbf",
