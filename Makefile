@@ -3,6 +3,7 @@
 # make coverage   the same, and which lines of the package it does not run
 # make mutants    whether the tests find mistakes made on purpose
 # make bench      what a step costs beside a plain one, by method, stage, width and batch
+# make docs       the documentation's site, in site/; warnings are errors
 #
 # Each target makes its own virtual environment first: .venv, or .venv-NAME with PYTHON=NAME, as in
 #     make test PYTHON=python3.12
@@ -19,11 +20,12 @@ KBFGS_EPOCHS ?= 30
 ADAM_EPOCHS ?= 60
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-fast test-slow coverage mutants soak bench bench-more lint clean
+.PHONY: help demo notebooks test test-fast test-slow coverage mutants soak bench bench-more lint docs wheel-check clean
 
 help:
 	@sed -n '1,/^$$/ s/^# \{0,1\}//p' Makefile
-	@echo "also: test-fast (the library without the experiments), test-slow, soak, bench-more, lint, clean"
+	@echo "also: test-fast (the library without the experiments), test-slow, soak, bench-more,"
+	@echo "notebooks (runs them anew), lint, wheel-check (tries the package in an empty environment), clean"
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
@@ -47,6 +49,10 @@ demo: $(VENV)/.installed-experiment
 	$(BIN)/kfqn-train --config configs/curves.py --workdir $(DEMO)/adam \
 		--config.optimizer=adam --config.learning_rate=0.001 --config.epochs=$(ADAM_EPOCHS)
 	$(BIN)/kfqn-compare $(DEMO)/kbfgs $(DEMO)/adam --output $(DEMO)/compare.png
+
+# Runs the notebooks at full size and writes them back with their outputs.
+notebooks: $(VENV)/.installed-notebooks
+	$(BIN)/python notebooks/execute.py
 
 test: $(VENV)/.installed-experiment+test
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
@@ -86,5 +92,12 @@ lint: $(VENV)/.installed-experiment+test+lint
 	$(BIN)/ruff check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
+docs: $(VENV)/.installed-docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	@echo "built: site/index.html"
+
+wheel-check: $(VENV)/.installed-release
+	$(BIN)/python tools/wheel_check.py
+
 clean:
-	rm -rf .venv .venv-* build *.egg-info .pytest_cache .ruff_cache
+	rm -rf .venv .venv-* build dist site *.egg-info .pytest_cache .ruff_cache

@@ -5,7 +5,7 @@
     python -m benchmarks.time_to_loss --table
 
 Needs the core packages only, and runs unchanged on a GPU, where all epochs of a run are one
-program. FILE.npz holds ``train``, the examples [n, d] (uint8 stands for 0 to 1); ``--export``
+program. FILE.npz holds ``train`` and ``test``, examples [n, d] (uint8: 0 to 1); ``--export``
 writes it where the packages of the training command are installed. One line of JSON a run, appended
 to ``benchmarks/results/time_to_loss.jsonl`` as it ends; what that holds is not run again. No warm
 start; weight decay 1e-5; batch 1000.
@@ -126,11 +126,16 @@ def train(params, examples, batches, learning_rate, loss_fn, make, share):
     return jax.lax.scan(epoch, (params, tx.init(params)), batches)[1]
 
 
-def run_all(options):
-    examples = np.load(options.data)["train"]
+def examples_of(path, part):
+    """``train`` or ``test`` of a file that ``--export`` wrote, float32, [n, d]."""
+    examples = np.load(path)[part]
     if examples.dtype == np.uint8:
         examples = examples.astype(np.float32) / 255
-    problem, examples = problems.make(options.problem), jnp.asarray(examples, jnp.float32)
+    return jnp.asarray(examples, jnp.float32)
+
+
+def run_all(options):
+    problem, examples = problems.make(options.problem), examples_of(options.data, "train")
 
     def final(method, rate, seed):
         key = {"problem": problem.name, "method": method, "learning_rate": rate, "seed": seed}
@@ -222,10 +227,10 @@ def main():
         from kfqn_optax.experiment.datasets import load
 
         data = load(options.problem, options.data_dir, train_examples=options.examples)
-        train = data.train
+        parts = {"train": data.train, "test": data.test}
         if options.problem == "mnist":
-            train = np.rint(255 * train).astype(np.uint8)
-        np.savez_compressed(options.export, train=train)
+            parts = {name: np.rint(255 * x).astype(np.uint8) for name, x in parts.items()}
+        np.savez_compressed(options.export, **parts)
     elif options.table:
         prices = json.loads((RESULTS / "price_cpu.json").read_text())["steps"]
         for name in dict.fromkeys(run["problem"] for run in read(options.output)):

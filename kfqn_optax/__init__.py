@@ -1,5 +1,7 @@
 """Kronecker-factored quasi-Newton methods as Optax gradient transformations for Flax."""
 
+from kfqn_optax.block_rule import ScaleByBlockKBFGSState, block_kbfgs, scale_by_block_kbfgs
+from kfqn_optax.block_state import BlockState
 from kfqn_optax.capture import curvature_fn, find_layers
 from kfqn_optax.combine import microbatches, over_axis, over_microbatches
 from kfqn_optax.health import Health, LayerHealth, health
@@ -15,7 +17,7 @@ from kfqn_optax.nnx import find_nnx_layers, nnx_curvature_fn
 from kfqn_optax.optimizer import kbfgs, kbfgs_l, kfqn
 from kfqn_optax.sampling import sample_bernoulli, sample_categorical, sample_normal
 from kfqn_optax.sharding import shard_state, sharded, whole_state
-from kfqn_optax.statistics import JointMoments, LayerStatistics, Statistics
+from kfqn_optax.statistics import JointMoments, LayerStatistics, Sketches, Statistics
 from kfqn_optax.summary import summary
 from kfqn_optax.tkfac_rule import ScaleByTKFACState, scale_by_tkfac, tkfac
 from kfqn_optax.train_state import TrainState
@@ -23,6 +25,7 @@ from kfqn_optax.transform import ScaleByKBFGSState
 from kfqn_optax.warm_start import warm_start
 
 __all__ = [
+    "BlockState",
     "Health",
     "JointMoments",
     "Layer",
@@ -31,12 +34,15 @@ __all__ = [
     "LayerStatistics",
     "MiniBlockState",
     "MomentState",
+    "ScaleByBlockKBFGSState",
     "ScaleByKBFGSState",
     "ScaleByKFACState",
     "ScaleByMBFState",
     "ScaleByTKFACState",
+    "Sketches",
     "Statistics",
     "TrainState",
+    "block_kbfgs",
     "curvature_fn",
     "find_layers",
     "find_nnx_layers",
@@ -53,6 +59,7 @@ __all__ = [
     "sample_bernoulli",
     "sample_categorical",
     "sample_normal",
+    "scale_by_block_kbfgs",
     "scale_by_kbfgs",
     "scale_by_kbfgs_l",
     "scale_by_kfac",

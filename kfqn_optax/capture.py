@@ -50,14 +50,15 @@ def curvature_fn(loss_fn: LossFn, params: Any, /, *args: Any, **kwargs: Any) -> 
         **kwargs: the same, by name.
 
     Returns:
-        A function ``(params, *, moments=None, vectors=None, output_moments=(), joint_moments=()) ->
-        Statistics`` which measures at any parameters of the same structure. ``moments`` holds the
-        paths of the layers whose second moments are wanted, None for all; ``vectors`` gives by
-        layer path a vector v, [*blocks, d_in], and A v is measured without forming A;
-        ``output_moments`` and ``joint_moments`` hold the paths of layers for which `kfac` and
-        `tkfac` want more. Holes that ``optax.masked`` or
-        ``optax.partition`` left in its argument are filled from ``params``. It is a pytree (a
-        ``jax.tree_util.Partial``) and may be an argument of a jitted function.
+        A function ``(params, *, moments=None, vectors=None, output_moments=(), joint_moments=(),
+        sketches=0, gradient=False) -> Statistics`` which measures at any parameters of the same
+        structure. ``moments`` holds the paths of the layers whose second moments are wanted, None
+        for all; ``vectors`` gives by layer path a vector v, [*blocks, d_in], and A v is measured
+        without forming A; ``output_moments`` and ``joint_moments`` hold the paths of layers for
+        which `kfac` and `tkfac` want more, and `block_kbfgs` asks for ``sketches`` and the
+        ``gradient``. Holes that ``optax.masked`` or ``optax.partition`` left in its argument are
+        filled from ``params``. It is a pytree (a ``jax.tree_util.Partial``) and may be an argument
+        of a jitted function.
 
     Raises:
         TypeError: if the loss does not return a scalar.
@@ -167,9 +168,10 @@ class _Measure:
         vectors: Mapping[str, jax.Array] | None = None,
         output_moments: Collection[str] = (),
         joint_moments: Collection[str] = (),
+        sketches: int = 0,
+        gradient: bool = False,
     ) -> Statistics:
         """The statistics at ``params``; ``full`` fills the holes in it."""
-        params = layers_lib.fill_holes(full, params)
         kinds = {s.layer.path: s.layer.kind for s in self.seen}
 
         def see(module: nn.Module, call: Call | None, inputs, output, kernel) -> jax.Array:
@@ -180,10 +182,11 @@ class _Measure:
             check_precision("/".join(module.path), entry)
             return tag(call.geometry, output, inputs, dict(entry))
 
-        def run(sums: dict[str, dict[str, jax.Array]]) -> jax.Array:
+        def run(sums: dict[str, dict[str, jax.Array]], params: Any) -> jax.Array:
             entries = {path: {ENTRY: {kinds[path]: entry}} for path, entry in sums.items()}
+            filled = layers_lib.fill_holes(full, params)
             with nn.intercept_methods(_interceptor(see)):
-                result = self.loss_fn(_insert(params, entries), *args, **kwargs)
+                result = self.loss_fn(_insert(filled, entries), *args, **kwargs)
             return loss.scalar(self.loss_fn, result)
 
         return measure(
@@ -195,6 +198,8 @@ class _Measure:
             vectors,
             output_moments,
             joint_moments,
+            sketches,
+            gradient,
         )
 
 

@@ -26,12 +26,15 @@ class Sums(NamedTuple):
         loss: times ``weight``.
         weight: the number of examples, scalar.
         layers: by layer path, as `LayerStatistics`: means over examples times the examples, means
-            over rows times the rows, the noise times the rows and squared.
+            over rows times the rows, the noise times the rows and squared, sketches times the
+            square root of the examples.
+        gradient: times ``weight``; None where it was not asked for.
     """
 
     loss: jax.Array
     weight: jax.Array
     layers: dict[str, LayerStatistics]
+    gradient: Any
 
 
 def sums(statistics: Statistics) -> Sums:
@@ -46,6 +49,7 @@ def sums(statistics: Statistics) -> Sums:
             cotangent_noise=(s.cotangent_noise * s.rows) ** 2,
             output_moment=_times(s.output_moment, s.rows),
             joint_moments=_times(s.joint_moments, s.examples),
+            sketches=_times(s.sketches, jnp.sqrt(s.examples)),
         )
 
     dtype = jnp.promote_types(statistics.loss.dtype, jnp.float32)
@@ -56,6 +60,7 @@ def sums(statistics: Statistics) -> Sums:
         loss=statistics.loss * weight,
         weight=weight,
         layers={path: of_layer(s) for path, s in statistics.layers.items()},
+        gradient=_times(statistics.gradient, weight),
     )
 
 
@@ -72,11 +77,13 @@ def means(total: Sums) -> Statistics:
             cotangent_noise=jnp.sqrt(s.cotangent_noise) * per_row,
             output_moment=_times(s.output_moment, per_row),
             joint_moments=_times(s.joint_moments, per_example),
+            sketches=_times(s.sketches, jnp.sqrt(per_example)),
         )
 
     return Statistics(
         loss=total.loss / total.weight,
         layers={path: of_layer(s) for path, s in total.layers.items()},
+        gradient=_times(total.gradient, 1 / total.weight),
     )
 
 

@@ -22,6 +22,7 @@ class Seen:
     Attributes:
         layer: what it is.
         examples: the length of the first axis of its input, axes hidden by vmap counted.
+        hidden: whether there are such axes.
         dtype: of its statistics.
         kernel: its kernel as the layer itself sees it, without the axes of a stack.
         stack: the axes of the kernel in the tree of parameters along which layers are stacked.
@@ -29,6 +30,7 @@ class Seen:
 
     layer: Layer
     examples: int
+    hidden: bool
     dtype: Any
     kernel: MatrixView
     stack: tuple[int, ...]
@@ -132,6 +134,7 @@ class Discovery:
         return Seen(
             layer,
             examples=met.vmapped[-1] if met.vmapped else met.examples,
+            hidden=bool(met.vmapped),
             dtype=layers_lib.factor_dtype(kernel.dtype),
             kernel=call.kernel,
             stack=stack,

@@ -138,6 +138,28 @@ def output_change(
     return layer.over_blocks(of_one)(before, after, measured.input_mean, probed.input_mean)
 
 
+def change_of_output(
+    before: Mapping[str, jax.Array],
+    after: Mapping[str, jax.Array],
+    inputs: jax.Array,
+    probed: jax.Array,
+) -> jax.Array:
+    """As `output_change`, of one matrix and for several combinations of the examples, [q, d_out].
+
+    Args:
+        before: W of one matrix, in parts.
+        after: the same at the probe.
+        inputs: combinations of the inputs, [q, d_in].
+        probed: the same at the probe.
+    """
+    K, K_plus = before["kernel"], after["kernel"]
+    x, x_plus = inputs[:, : len(K)], probed[:, : len(K)]
+    change = pairs.matmul(x_plus, K_plus - K) + pairs.matmul(x_plus - x, K)
+    if "bias" in before:
+        change += probed[:, -1:] * after["bias"] - inputs[:, -1:] * before["bias"]
+    return change
+
+
 def _outputs(layers, states, measured, probed, changes, options, root) -> dict[str, dict[str, Any]]:
     """What changes of a state on the output side: averages, damps, updates."""
 

@@ -86,8 +86,10 @@ def nnx_curvature_fn(
         vectors: Mapping[str, jax.Array] | None = None,
         output_moments: Collection[str] = (),
         joint_moments: Collection[str] = (),
+        sketches: int = 0,
+        gradient: bool = False,
     ) -> Statistics:
-        def run(entries: dict[str, dict[str, jax.Array]]) -> jax.Array:
+        def run(entries: dict[str, dict[str, jax.Array]], params: Any) -> jax.Array:
             copy = nnx.merge(graph, fill_holes(full, params), rest, copy=True)
             for path, layer in _layers(copy).items():
                 if path in entries:
@@ -99,7 +101,18 @@ def nnx_curvature_fn(
             args, kwargs = arguments()
             return loss.scalar(loss_fn, loss_fn(copy, *args, **kwargs))
 
-        return measure(run, seen, loss_fn, params, moments, vectors, output_moments, joint_moments)
+        return measure(
+            run,
+            seen,
+            loss_fn,
+            params,
+            moments,
+            vectors,
+            output_moments,
+            joint_moments,
+            sketches,
+            gradient,
+        )
 
     return measure_at
 

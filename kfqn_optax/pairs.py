@@ -68,7 +68,8 @@ def damp_powell(pair: Pair, Hy: jax.Array, mu: ArrayLike) -> tuple[Pair, jax.Arr
     the result has ``s.y = mu y.Hy``. (Algorithm 3 of the paper, first half.)
 
     Where ``y.Hy`` is not above 0 (y = 0: a dead layer, or a step of length 0) there is nothing to
-    damp with: the pair comes back as it is, and `pair_status` refuses it. Where an inner product
+    damp with: the pair comes back as it is. (If s is 0 too, `pair_status` refuses it; if not, the
+    second damping makes a y of s.) Where an inner product
     overflows, so that nobody knows whether to damp, s comes back as nan, and is refused too.
 
     Args:

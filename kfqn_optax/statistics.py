@@ -43,6 +43,8 @@ class CurvatureFn(Protocol):
         vectors: Mapping[str, jax.Array] | None = None,
         output_moments: Collection[str] = (),
         joint_moments: Collection[str] = (),
+        sketches: int = 0,
+        gradient: bool = False,
     ) -> "Statistics":
         """The statistics at some parameters.
 
@@ -53,6 +55,9 @@ class CurvatureFn(Protocol):
             vectors: by layer path, [*blocks, d_in]: A times this vector is wanted.
             output_moments: paths of the layers whose second moment of the cotangents is wanted.
             joint_moments: paths of the layers whose joint moments are wanted; no lookups.
+            sketches: how many sketches of each layer's inputs and cotangents are wanted; lookups
+                have none.
+            gradient: whether the gradient of the loss is wanted.
         """
         ...
 
@@ -67,6 +72,18 @@ class JointMoments(NamedTuple):
 
     input: jax.Array
     output: jax.Array
+
+
+class Sketches(NamedTuple):
+    """Sums over the examples with signs (`sketch`), of means over positions.
+
+    Attributes:
+        input: of the input with a trailing 1 if there is a bias, [q, d_in].
+        cotangent: of the gradient of an example's loss at the layer's output, [q, d_out].
+    """
+
+    input: jax.Array
+    cotangent: jax.Array
 
 
 class LayerStatistics(NamedTuple):
@@ -88,6 +105,7 @@ class LayerStatistics(NamedTuple):
         output_moment: G, second moment of the gradients of an example's loss at the layer's output,
             [d_out, d_out]; None unless it was asked for.
         joint_moments: None unless they were asked for.
+        sketches: None unless they were asked for.
     """
 
     input_moment: jax.Array | None
@@ -99,6 +117,7 @@ class LayerStatistics(NamedTuple):
     examples: jax.Array
     output_moment: jax.Array | None = None
     joint_moments: JointMoments | None = None
+    sketches: Sketches | None = None
 
 
 class Statistics(NamedTuple):
@@ -107,10 +126,13 @@ class Statistics(NamedTuple):
     Attributes:
         loss: the loss on the examples measured, scalar.
         layers: statistics by layer path.
+        gradient: of the loss on the examples measured, like the parameters; None unless it was
+            asked for.
     """
 
     loss: jax.Array
     layers: dict[str, LayerStatistics]
+    gradient: Any = None
 
 
 def reduce(
@@ -130,7 +152,9 @@ def reduce(
             their number, []; and, if wanted, ``moment``, of x x^T, [d, d] ([d], its diagonal, for a
             lookup), and ``product``, of x (x . v) for the vector v without its last entry, [d];
             ``output_moment``, of g g^T for g the gradient of the mean loss, [d_out, d_out];
-            ``joint_input`` and ``joint_output``, of |g|^2 a a^T and |a|^2 g g^T.
+            ``joint_input`` and ``joint_output``, of |g|^2 a a^T and |a|^2 g g^T;
+            ``input_sketches``, [q, d], ``cotangent_sketches``, [q, d_out], and ``sketched_rows``,
+            [q, 1], of x, g and 1 with signs.
         examples: m, the number of examples.
         vector: v, [*blocks, d_in].
     """
@@ -140,6 +164,10 @@ def reduce(
         moment, product = sums.get("moment"), sums.get("product")
         output, joint = sums.get("output_moment"), sums.get("joint_input")
         some_rows = jnp.maximum(rows, 1)
+        sketches = sums.get("input_sketches")
+        if sketches is not None and layer.bias is not None:
+            sketches = jnp.concatenate([sketches, sums["sketched_rows"]], axis=-1)
+        per_position = examples / some_rows
         if layer.bias is not None:
             if moment is not None:
                 moment = jnp.block([[moment, inputs[:, None]], [inputs[None, :], rows]])
@@ -151,14 +179,19 @@ def reduce(
             input_moment=None if moment is None else moment / examples,
             input_product=None if product is None else product / examples,
             input_mean=inputs / some_rows,
-            cotangent_mean=sums["cotangents"] * (examples / some_rows),
-            cotangent_noise=jnp.sqrt(sums["roundings"][0]) * (examples / some_rows),
+            cotangent_mean=sums["cotangents"] * per_position,
+            cotangent_noise=jnp.sqrt(sums["roundings"][0]) * per_position,
             rows=rows,
             examples=jnp.full_like(rows, examples),
             output_moment=None if output is None else output * (examples**2 / some_rows),
             joint_moments=None
             if joint is None
             else JointMoments(joint * examples, sums["joint_output"] * examples),
+            sketches=None
+            if sketches is None
+            else Sketches(
+                sketches * per_position, sums["cotangent_sketches"] * (examples * per_position)
+            ),
         )
 
     return layer.over_blocks(of_one)(dict(sums), vector)

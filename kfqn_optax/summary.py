@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from kfqn_optax import inverse
+from kfqn_optax.block_rule import ScaleByBlockKBFGSState
 from kfqn_optax.layer_state import LayerState
 from kfqn_optax.layers import Layer, join, named_leaves, path_name
 from kfqn_optax.mbf_rule import ScaleByMBFState
@@ -20,12 +21,14 @@ from kfqn_optax.transform import ScaleByKBFGSState
 
 _KERNELS = ("kernel", "embedding")
 _METHODS = {
+    ScaleByBlockKBFGSState: "block K-BFGS",
     ScaleByKBFGSState: "K-BFGS",
     ScaleByKFACState: "K-FAC",
     ScaleByMBFState: "MBF",
     ScaleByTKFACState: "TKFAC",
 }
 _MAKERS = {
+    ScaleByBlockKBFGSState: "block_kbfgs",
     ScaleByKBFGSState: "kbfgs, kbfgs_l, kfqn",
     ScaleByKFACState: "kfac",
     ScaleByMBFState: "mbf",

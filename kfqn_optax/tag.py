@@ -11,6 +11,7 @@ stacked, the stack's axes are at the same places.
 """
 
 import functools
+import math
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
@@ -22,6 +23,7 @@ from kfqn_optax.axes import vary, varying
 from kfqn_optax.discovery import Seen
 from kfqn_optax.geometry import second_moment
 from kfqn_optax.loss import LossFn, check_local, explain
+from kfqn_optax.sketch import sketch
 from kfqn_optax.statistics import Statistics, reduce
 
 Entry = dict[str, jax.Array]  # of one layer: zeros (or their sums) by field, and perhaps a vector
@@ -44,7 +46,9 @@ def tag(geometry: Any, output: jax.Array, inputs: jax.Array, entry: Entry) -> ja
             ``product``: x (x . v), for the vector v under ``vector``;
             ``output_moment``: g g^T;
             ``joint_input``: |g|^2 a a^T, a the row with a 1 if the zeros have room for it;
-            ``joint_output``: |a|^2 g g^T, for the same a.
+            ``joint_output``: |a|^2 g g^T, for the same a;
+            ``input_sketches``, ``cotangent_sketches``, ``sketched_rows``: x, g and 1 times the
+            signs of their examples (see `sketch`).
 
     Returns:
         ``output``, to the last bit, forward and backward.
@@ -77,6 +81,12 @@ def _sums(geometry: Any, entry: Entry, inputs: jax.Array, cotangent: jax.Array) 
         ones = entry["joint_input"].shape[x.ndim - 2] - x.shape[-1]
         return jnp.pad(x, [*[(0, 0)] * (x.ndim - 1), (0, ones)], constant_values=1)
 
+    examples, blocks = geometry.examples(inputs), total.shape[:-1]
+
+    def sketches(rows: jax.Array, name: str) -> jax.Array:
+        count = entry[name].size // math.prod((*blocks, rows.shape[-1]))
+        return sketch(rows, examples, count)
+
     eps = max(jnp.finfo(cotangent.dtype).eps, jnp.finfo(dtype).eps)
     sums = {
         "inputs": lambda: total,
@@ -87,6 +97,15 @@ def _sums(geometry: Any, entry: Entry, inputs: jax.Array, cotangent: jax.Array) 
         "output_moment": lambda: second_moment(g),
         "joint_input": lambda: second_moment(a(), weights=g),
         "joint_output": lambda: second_moment(g, weights=a()),
+        "input_sketches": lambda: sketches(geometry.input_rows(inputs, dtype), "input_sketches"),
+        "cotangent_sketches": lambda: sketches(g, "cotangent_sketches"),
+        "sketched_rows": lambda: sketches(
+            jnp.broadcast_to(
+                ((first == 0) | True).astype(dtype).reshape(-1, *[1] * len(blocks), 1),
+                (len(first), *blocks, 1),
+            ),
+            "sketched_rows",
+        ),
         "rows": lambda: jnp.sum((first == 0) | True, dtype=dtype),
         VECTOR: lambda: jnp.zeros_like(entry[VECTOR]),
     }
@@ -123,7 +142,7 @@ tag.defvjp(_tag_forward, _tag_backward)
 
 
 def measure(
-    loss_of_entries: Callable[[dict[str, Entry]], jax.Array],
+    loss_of_entries: Callable[[dict[str, Entry], Any], jax.Array],
     seen: tuple[Seen, ...],
     loss_fn: LossFn,
     params: Any,
@@ -131,11 +150,14 @@ def measure(
     vectors: Mapping[str, jax.Array] | None = None,
     output_moments: Collection[str] = (),
     joint_moments: Collection[str] = (),
+    sketches: int = 0,
+    gradient: bool = False,
 ) -> Statistics:
     """One pass forward and backward, reduced to statistics.
 
     Args:
-        loss_of_entries: the loss as a function of the entries that `tag` is given, by layer path.
+        loss_of_entries: the loss as a function of the entries that `tag` is given, by layer path,
+            and of the parameters.
         seen: the layers.
         loss_fn: the user's function, for messages.
         params: the parameters; inside ``jax.shard_map``, the sums are of the devices along whose
@@ -144,6 +166,8 @@ def measure(
         vectors: by layer path, [*blocks, d_in]: A times this vector is wanted.
         output_moments: paths of the layers whose second moment of the cotangents is wanted.
         joint_moments: paths of the layers whose joint moments are wanted.
+        sketches: how many sketches of inputs and cotangents are wanted.
+        gradient: whether the gradient is.
     """
     vectors = vectors or {}
     axes = varying(params)
@@ -160,34 +184,49 @@ def measure(
             wanted.append("output_moment")
         if path in joint_moments and not s.layer.lookup:
             wanted += ["joint_input", "joint_output"]
+        if sketches and not s.layer.lookup:
+            if s.hidden:
+                raise ValueError(
+                    f"the examples of layer {path!r} lie along an axis that vmap hides from it, "
+                    "where they cannot be told apart for sketches. Call the model on the whole "
+                    "batch, and let vmap go over something else."
+                )
+            wanted += ["input_sketches", "cotangent_sketches", "sketched_rows"]
         zeros[path] = {
-            name: vary(jnp.zeros(_outer_shape(s, _inner_shape(s, name)), s.dtype), axes)
+            name: vary(jnp.zeros(_outer_shape(s, _inner_shape(s, name, sketches)), s.dtype), axes)
             for name in wanted
         }
 
-    def loss_of_zeros(zeros: dict[str, Entry]) -> jax.Array:
-        return loss_of_entries({path: {**zeros[path], **given.get(path, {})} for path in zeros})
+    def loss_of_zeros(zeros: dict[str, Entry], params: Any) -> jax.Array:
+        entries = {path: {**zeros[path], **given.get(path, {})} for path in zeros}
+        return loss_of_entries(entries, params)
 
-    loss, sums = explain(lambda: jax.value_and_grad(loss_of_zeros)(zeros), loss_fn)
+    wrt = (0, 1) if gradient else (0,)
+    derive = jax.value_and_grad(loss_of_zeros, wrt, allow_int=gradient)
+    loss, (sums, *gradients) = explain(lambda: derive(zeros, params), loss_fn)
     check_local(loss_fn, axes, varying(loss))
     return Statistics(
         loss=loss,
         layers={
             s.layer.path: reduce(
                 s.layer,
-                {name: _gather(s, name, array) for name, array in sums[s.layer.path].items()},
+                {
+                    name: _gather(s, name, array, sketches)
+                    for name, array in sums[s.layer.path].items()
+                },
                 s.examples,
                 vectors.get(s.layer.path),
             )
             for s in seen
         },
+        gradient=gradients[0] if gradients else None,
     )
 
 
 # --- where a layer's sums lie -------------------------------------------------------------------
 
 
-def _inner_shape(seen: Seen, name: str) -> tuple[int, ...]:
+def _inner_shape(seen: Seen, name: str, sketches: int = 0) -> tuple[int, ...]:
     """Shape of a field for one of the stacked layers: [*groups, ...]."""
     *groups, d, d_out = seen.kernel.matrix_shape
     if name == "rows":
@@ -195,6 +234,8 @@ def _inner_shape(seen: Seen, name: str) -> tuple[int, ...]:
     moment = (d,) if seen.layer.lookup else (d, d)
     shapes = {"moment": moment, "cotangents": (d_out,), "roundings": (1,)}
     shapes |= dict.fromkeys(("output_moment", "joint_output"), (d_out, d_out))
+    shapes |= {"input_sketches": (sketches, d), "cotangent_sketches": (sketches, d_out)}
+    shapes["sketched_rows"] = (sketches, 1)
     shapes["joint_input"] = (d + (seen.layer.bias is not None),) * 2
     return (*groups, *shapes.get(name, (d,)))
 
@@ -207,9 +248,9 @@ def _outer_shape(seen: Seen, inner: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(shape)
 
 
-def _gather(seen: Seen, name: str, array: jax.Array) -> jax.Array:
+def _gather(seen: Seen, name: str, array: jax.Array, sketches: int) -> jax.Array:
     """An entry as [*blocks, ...]: the stack's axes in front, then the groups."""
-    layer, inner = seen.layer, _inner_shape(seen, name)
+    layer, inner = seen.layer, _inner_shape(seen, name, sketches)
     sizes = tuple(array.shape[axis] for axis in seen.stack)
     array = jnp.moveaxis(array, seen.stack, range(len(seen.stack))).reshape(*sizes, *inner)
     groups = seen.kernel.matrix_shape[:-2]

@@ -90,7 +90,7 @@ def test_only_the_outer_rooms_know_flax_or_optax():
     optax_rooms = {room for room, hosts in rooms.items() if "optax" in hosts}
     assert optax_rooms <= {
         "transform", "methods", "optimizer", "sharding", "summary", "train_state", "natural",
-        "kfac_rule", "tkfac_rule", "mbf_rule",
+        "kfac_rule", "tkfac_rule", "mbf_rule", "block_rule",
     }  # fmt: skip
     assert rooms["capture"] == {"flax"}  # the test can see
     assert rooms["transform"] == {"optax"}
@@ -127,7 +127,7 @@ def test_a_room_imports_only_rooms_above_it():
         "calls": {"geometry", "matrix"},
         "discovery": {"calls", "geometry", "layers", "matrix"},
         "combine": {"axes", "statistics"},
-        "tag": {"axes", "discovery", "geometry", "loss", "statistics"},
+        "tag": {"axes", "discovery", "geometry", "loss", "sketch", "statistics"},
         "linen_kinds": {"calls", "geometry", "matrix"},
         "nnx_kinds": {"calls", "geometry", "matrix"},
         "capture": {
@@ -144,7 +144,7 @@ def test_a_room_imports_only_rooms_above_it():
         },
         "direction": {"options", "layers", "inverse"},
         "health": {"pairs", "layer_state", "summary"},
-        "moments": {"options", "layers", "layer_state", "bfgs", "inverse"},
+        "moments": {"options", "layers", "layer_state", "bfgs", "inverse", "statistics"},
         "sampling": set(),
         "natural": {
             "checks", "direction", "layers", "moments", "options", "statistics", "transform",
@@ -155,7 +155,15 @@ def test_a_room_imports_only_rooms_above_it():
         "tkfac_rule": {
             "layers", "moments", "natural", "optimizer", "options", "statistics",
         },
-        "mini_block": {"inverse", "layers", "options"},
+        "sketch": set(),
+        "block_bfgs": {"options", "pairs"},
+        "block_state": {"block_bfgs", "factors", "layers", "options", "pairs", "statistics"},
+        "trust": set(),
+        "block_rule": {
+            "block_state", "checks", "direction", "layers", "optimizer", "options", "statistics",
+            "transform", "trust",
+        },
+        "mini_block": {"inverse", "layers", "options", "statistics"},
         "mbf_rule": {
             "checks", "layers", "mini_block", "optimizer", "options", "statistics", "transform",
         },
@@ -190,6 +198,18 @@ def test_the_library_alone_imports_nothing_heavy():
     assert [name for name in HEAVY if name in library - hosts] == []
     new = {name.split(".")[0] for name in library} - {name.split(".")[0] for name in hosts}
     assert new - sys.stdlib_module_names == {"kfqn_optax"}
+
+
+@pytest.mark.parametrize("room", ["__init__", "load", "curves", "idx"])
+def test_what_the_notebooks_draw_needs_only_numpy(room):
+    """Where no function is entered; `load` imports what it needs when it is called."""
+    file = PACKAGE / "experiment" / "datasets" / f"{room}.py"
+    heads = [
+        n for n in ast.parse(file.read_text()).body if isinstance(n, ast.Import | ast.ImportFrom)
+    ]
+    names = [n.module if isinstance(n, ast.ImportFrom) else n.names[0].name for n in heads]
+    others = {name for name in names if name.split(".")[0] not in sys.stdlib_module_names}
+    assert others <= {"numpy", "kfqn_optax.experiment.datasets.load"}
 
 
 @pytest.mark.parametrize("name", kfqn_optax.__all__)

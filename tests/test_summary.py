@@ -178,6 +178,7 @@ def test_columns_are_aligned():
 def test_a_state_that_is_not_ours():
     params = {"kernel": jnp.ones((2, 2))}
     with pytest.raises(
-        ValueError, match="holds no state of kbfgs, kbfgs_l, kfqn, kfac, mbf or tkfac: pass"
+        ValueError,
+        match="holds no state of block_kbfgs, kbfgs, kbfgs_l, kfqn, kfac, mbf or tkfac: pass",
     ):
         kfqn.summary(optax.adam(0.1).init(params), params)

@@ -23,7 +23,7 @@ STEPS = (
         "if moment is None else moment / examples", "if moment is None else moment / some_rows"
     ),
     _statistics("input_mean=inputs / some_rows", "input_mean=inputs / examples"),
-    _statistics('sums["cotangents"] * (examples / some_rows)', 'sums["cotangents"] * examples'),
+    _statistics('sums["cotangents"] * per_position', 'sums["cotangents"] * examples'),
     _statistics('jnp.sqrt(sums["roundings"][0])', 'sums["roundings"][0]'),
     _statistics("jnp.sum(vector * vector)", "jnp.sum(vector)"),
     _statistics(

@@ -6,6 +6,7 @@
 ``cnn``: a small VGG network on 28 x 28 images, batch 100.
 ``transformer``: 4 blocks of width 128 on sequences of 64, batch 32, embedding and attention left to
 the fallback as docs/models.md advises; ``transformer-all``: with everything preconditioned.
+``deep-N``: N blocks of width 256 under ``nn.scan``, batch 8, the embedding left to the fallback.
 """
 
 import dataclasses
@@ -83,11 +84,13 @@ def make(name: str) -> Problem:
         return _autoencoder(name, AUTOENCODERS["mnist"], int(number))
     if name == "cnn":
         return _cnn()
+    if family == "deep" and number.isdigit():
+        return _deep(name, int(number))
     if family == "transformer" and number in ("", "all"):
         return _transformer(name, () if number else ("embed", "dense general"))
     raise ValueError(
         f"there is no problem {name!r}; there are {', '.join(AUTOENCODERS)}, width-N, batch-N, "
-        "cnn, transformer and transformer-all."
+        "cnn, transformer, transformer-all and deep-N."
     )
 
 
@@ -145,21 +148,41 @@ def _cnn():
     return Problem("cnn", _classify(CNN()), CNN().init, (images, labels))
 
 
+class Block(nn.Module):
+    """Causal attention and a network four times as wide, each behind a layer norm."""
+
+    heads: int = 4
+
+    @nn.compact
+    def __call__(self, x, mask):
+        width = x.shape[-1]
+        x = x + nn.MultiHeadDotProductAttention(self.heads)(nn.LayerNorm()(x), mask=mask)
+        hidden = nn.gelu(nn.Dense(4 * width)(nn.LayerNorm()(x)))
+        return x + nn.Dense(width)(hidden), None
+
+
 class Transformer(nn.Module):
-    """Blocks of causal attention and of a network four times as wide, each behind a layer norm."""
+    """Blocks between an embedding and a dense layer; one after the other, or stacked."""
 
     depth: int = 4
     width: int = 128
-    heads: int = 4
+    stacked: bool = False
 
     @nn.compact
     def __call__(self, symbols):
         x = nn.Embed(SYMBOLS, self.width)(symbols) * self.width**0.5
         mask = nn.make_causal_mask(symbols[:1])
-        for _ in range(self.depth):
-            x = x + nn.MultiHeadDotProductAttention(self.heads)(nn.LayerNorm()(x), mask=mask)
-            hidden = nn.gelu(nn.Dense(4 * self.width)(nn.LayerNorm()(x)))
-            x = x + nn.Dense(self.width)(hidden)
+        if self.stacked:
+            stack = nn.scan(
+                Block,
+                variable_axes={"params": 0},
+                split_rngs={"params": True},
+                in_axes=nn.broadcast,
+                length=self.depth,
+            )
+            x, _ = stack()(x, mask)
+        for _ in range(0 if self.stacked else self.depth):
+            x, _ = Block()(x, mask)
         return nn.Dense(SYMBOLS)(nn.LayerNorm()(x))
 
 
@@ -168,6 +191,13 @@ def _transformer(name, left_out):
     model = Transformer()
     batch = text[:, :-1], text[:, 1:]
     return Problem(name, _classify(model), model.init, batch, left_out=left_out)
+
+
+def _deep(name, depth):
+    text = jax.random.randint(jax.random.key(1), (8, 65), 0, SYMBOLS)
+    model = Transformer(depth, 256, stacked=True)
+    batch = text[:, :-1], text[:, 1:]
+    return Problem(name, _classify(model), model.init, batch, left_out=("embed",))
 
 
 def _classify(model):

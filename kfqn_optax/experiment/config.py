@@ -97,14 +97,12 @@ KEYS = {
         "a finite number of at least 0",
         lambda value: 0 <= value < math.inf,
     ),
-    "factor_decay": _decay(
-        0.9, "kbfgs, kbfgs_l, kfac, tkfac, mbf: decay of the running second moments"
-    ),
+    "factor_decay": _decay(0.9, "all with layers but kfqn: decay of the running second moments"),
     "inverse_every": _whole(20, "kfac, tkfac, mbf: steps from one inverse to the next", 1),
     "pair_decay": _decay(0.9, "kbfgs, kbfgs_l, kfqn: decay of the running averages of s and y"),
     "powell": Key(
         0.2,
-        "kbfgs, kbfgs_l, kfqn: mu_1 of double damping",
+        "kbfgs, kbfgs_l, kfqn, block_kbfgs: mu_1 of Powell's damping",
         "above 0 and below 1",
         lambda v: 0 < v < 1,
     ),
@@ -114,8 +112,8 @@ KEYS = {
     ),
     "norm_constraint": Key(
         0.0,
-        "all with layers but mbf: limit of the step's squared length in the factors' metric, "
-        "in loss units; 0: none",
+        "all with layers but mbf, block_kbfgs: limit of the step's squared length in the metric "
+        "of the factors, in loss units; 0: none",
         "a finite number of at least 0",
         lambda value: 0 <= value < math.inf,
     ),

@@ -27,17 +27,14 @@ class Optimizer(NamedTuple):
         takes_curvature: whether `update` wants the extra argument `curvature_fn`.
         warm_starts: whether `kfqn.warm_start` applies to the state.
         draws_targets: whether the curvature is that of a loss with targets drawn from the model.
+        learns_pairs: whether the state has counts for `kfqn.health`: K-BFGS and its kin.
     """
 
     transformation: optax.GradientTransformation
     takes_curvature: bool = False
     warm_starts: bool = False
     draws_targets: bool = False
-
-    @property
-    def learns_pairs(self) -> bool:
-        """Whether the state has counts for `kfqn.health`: K-BFGS and its kin."""
-        return self.takes_curvature and not self.draws_targets
+    learns_pairs: bool = False
 
 
 Layers = tuple[kfqn.Layer, ...] | None
@@ -52,7 +49,7 @@ def kinds_left(names: str) -> tuple[str, ...]:
 def _kbfgs(config: Config, layers: Layers) -> Optimizer:
     shared = _shared(config, layers)
     transformation = kfqn.kbfgs(**shared, factor_decay=config.factor_decay)
-    return Optimizer(transformation, takes_curvature=True, warm_starts=True)
+    return Optimizer(transformation, takes_curvature=True, warm_starts=True, learns_pairs=True)
 
 
 def _kbfgs_l(config: Config, layers: Layers) -> Optimizer:
@@ -61,12 +58,20 @@ def _kbfgs_l(config: Config, layers: Layers) -> Optimizer:
         factor_decay=config.factor_decay,
         memory_size=config.memory_size,
     )
-    return Optimizer(transformation, takes_curvature=True, warm_starts=True)
+    return Optimizer(transformation, takes_curvature=True, warm_starts=True, learns_pairs=True)
 
 
 def _kfqn(config: Config, layers: Layers) -> Optimizer:
     """KF-QN, which keeps no second moments: they have no decay and no warm start."""
     transformation = kfqn.kfqn(**_shared(config, layers), split=config.split)
+    return Optimizer(transformation, takes_curvature=True, learns_pairs=True)
+
+
+def _block_kbfgs(config: Config, layers: Layers) -> Optimizer:
+    """Block K-BFGS, whose steps need no limit."""
+    transformation = kfqn.block_kbfgs(
+        **_common(config, layers), factor_decay=config.factor_decay, powell=config.powell
+    )
     return Optimizer(transformation, takes_curvature=True)
 
 
@@ -176,6 +181,7 @@ _WITH_LAYERS: dict[str, Callable[[Config, Layers], Optimizer]] = {
     "kbfgs": _kbfgs,
     "kbfgs_l": _kbfgs_l,
     "kfqn": _kfqn,
+    "block_kbfgs": _block_kbfgs,
     "kfac": _kfac,
     "tkfac": _tkfac,
     "mbf": _mbf,

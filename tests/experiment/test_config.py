@@ -73,7 +73,7 @@ def test_missing_key():
         (
             "optimizer",
             "lars",
-            "one of kbfgs, kbfgs_l, kfqn, kfac, tkfac, mbf, adam, sgdm, rmsprop, muon",
+            "one of kbfgs, kbfgs_l, kfqn, block_kbfgs, kfac, tkfac, mbf, adam, sgdm, rmsprop, muon",
         ),
         ("framework", "torch", "one of linen, nnx"),
         ("split", "even", "one of sqrt_t, sqrt"),

@@ -11,13 +11,11 @@ pen's width and the room left at the border are chosen such that 18 principal co
 much of an image unexplained as in theirs: a squared error of 5.87 per test image here, 5.90 in
 their figure 2A. The mean intensity is 0.066. Intensities between 0 and 1 put a floor under the
 cross-entropy, that of a perfect reconstruction: 50 nats per image on average.
+
+This file needs NumPy alone; `curves_builder` hands the images to TFDS.
 """
 
-from collections.abc import Iterator
-from typing import Any
-
 import numpy as np
-import tensorflow_datasets as tfds
 
 SIDE = 28  # pixels
 TRAIN_EXAMPLES = 20_000
@@ -96,44 +94,3 @@ def generate(examples: int, seed: int) -> np.ndarray:
         chunk = slice(start, start + _CHUNK)
         images[chunk] = np.rint(255 * stroke(parabolas(points[chunk])))
     return images
-
-
-class KfqnCurves(tfds.core.GeneratorBasedBuilder):
-    """TFDS builder ``kfqn_curves``: 20,000 train and 10,000 test images, uint8 [28, 28, 1]."""
-
-    name = "kfqn_curves"
-    VERSION = tfds.core.Version("1.0.0")
-    RELEASE_NOTES = {"1.0.0": "First release."}  # noqa: RUF012  # as TFDS declares it
-    code_path = None
-
-    def _info(self) -> tfds.core.DatasetInfo:
-        return tfds.core.DatasetInfo(
-            builder=self,
-            description=(
-                "Synthetic 28 x 28 images of a smooth curve through three random points, generated "
-                "by kfqn_optax after the description of the CURVES data in Hinton and "
-                "Salakhutdinov, 'Reducing the Dimensionality of Data with Neural Networks', "
-                "Science 313, 2006. These are not the images used in that paper."
-            ),
-            features=tfds.features.FeaturesDict(
-                {
-                    "image": tfds.features.Tensor(
-                        shape=(SIDE, SIDE, 1),
-                        dtype=np.uint8,
-                        encoding=tfds.features.Encoding.BYTES,
-                    )
-                }
-            ),
-            disable_shuffling=True,
-        )
-
-    def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> dict[str, Any]:
-        del dl_manager
-        return {
-            "train": self._generate_examples(TRAIN_EXAMPLES, seed=0),
-            "test": self._generate_examples(TEST_EXAMPLES, seed=1),
-        }
-
-    def _generate_examples(self, examples: int, seed: int) -> Iterator[tuple[int, dict[str, Any]]]:
-        for key, image in enumerate(generate(examples, seed)):
-            yield key, {"image": image[..., None]}

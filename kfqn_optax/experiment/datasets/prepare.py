@@ -21,13 +21,13 @@ from typing import Any
 
 import tensorflow_datasets as tfds
 
-from kfqn_optax.experiment.datasets import curves, faces, mnist
+from kfqn_optax.experiment.datasets import curves_builder, faces, mnist
 
 _MNIST_FILES = tuple(f"{name}.gz" for _, _, name in mnist.FILES)
 
 # Problem: builder, raw files, whether TFDS can download them.
 _SOURCES: dict[str, tuple[Any, tuple[str, ...], bool]] = {
-    "curves": (curves.KfqnCurves, (), False),
+    "curves": (curves_builder.KfqnCurves, (), False),
     "mnist": (mnist.Mnist, _MNIST_FILES, True),
     "fashion_mnist": (mnist.FashionMnist, _MNIST_FILES, True),
     "faces": (faces.KfqnFaces, (faces.FILE,), False),

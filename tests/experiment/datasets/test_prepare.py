@@ -10,7 +10,7 @@ pytest.importorskip("tensorflow_datasets", reason="needs the extra 'experiment'"
 import tensorflow_datasets as tfds
 
 from kfqn_optax.experiment import datasets
-from kfqn_optax.experiment.datasets import curves, prepare
+from kfqn_optax.experiment.datasets import curves_builder, prepare
 
 
 def test_default_folder(monkeypatch, tmp_path):
@@ -81,7 +81,7 @@ def test_interrupted_preparation_leaves_nothing_complete(tiny_curves, tfds_folde
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(curves.KfqnCurves, "_generate_examples", examples)
+        patch.setattr(curves_builder.KfqnCurves, "_generate_examples", examples)
         with pytest.raises(KeyboardInterrupt):
             datasets.load("curves")
     assert not (tfds_folder / "kfqn_curves" / "1.0.0").exists()
@@ -92,13 +92,13 @@ def test_interrupted_preparation_leaves_nothing_complete(tiny_curves, tfds_folde
 
 def test_another_process_is_faster(tiny_curves, monkeypatch):
     """Its finished set is used, not an error reported."""
-    original = curves.KfqnCurves.download_and_prepare
+    original = curves_builder.KfqnCurves.download_and_prepare
 
     def overtaken(self, **kwargs):
         original(self, **kwargs)
         raise OSError("Directory not empty")
 
-    monkeypatch.setattr(curves.KfqnCurves, "download_and_prepare", overtaken)
+    monkeypatch.setattr(curves_builder.KfqnCurves, "download_and_prepare", overtaken)
     assert datasets.load("curves").train.shape == (30, 784)
 
 

@@ -1,0 +1,349 @@
+"""Block K-BFGS: several pairs a step for each factor, and steps as long as the loss allows.
+
+K-BFGS with three changes. Each factor takes q pairs a step, from sums over the examples with random
+signs (`sketch`), instead of one from their mean. Both factors start from their damping alone, so
+nothing is inverted. And the length of the step comes from a parabola through what is measured at
+the probe anyway (`trust`), so that the learning rate is 1, and a step after which the loss is much
+higher is not taken.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple, cast
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from kfqn_optax import block_state, checks, trust
+from kfqn_optax import layers as layers_lib
+from kfqn_optax.block_state import BlockState
+from kfqn_optax.checks import MISSING
+from kfqn_optax.direction import precondition
+from kfqn_optax.layers import Layer, named_leaves
+from kfqn_optax.optimizer import whole
+from kfqn_optax.options import (
+    Number,
+    ScalarOrSchedule,
+    check,
+    check_decay,
+    check_size,
+    known_size,
+    longest_side,
+    value_at,
+)
+from kfqn_optax.statistics import CurvatureFn, Statistics
+from kfqn_optax.transform import is_placeholder, layers_present, like, placeholder_state
+from kfqn_optax.trust import Trust
+
+
+class ScaleByBlockKBFGSState(NamedTuple):
+    """State of `scale_by_block_kbfgs`.
+
+    Attributes:
+        count: number of steps, int32; schedules are evaluated at it.
+        layers: curvature by layer path.
+        momentum: running average of the gradient of the layers, by parameter path.
+        averaged: how many gradients it has taken in, int32.
+        trust: how far the next step may go.
+    """
+
+    count: jax.Array  # pyright: ignore[reportIncompatibleMethodOverride]
+    layers: dict[str, BlockState]
+    momentum: dict[str, jax.Array]
+    averaged: jax.Array
+    trust: Trust
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """The numbers of the method; see `scale_by_block_kbfgs`."""
+
+    learning_rate: ScalarOrSchedule
+    damping: ScalarOrSchedule
+    pairs: Number
+    momentum: Number
+    factor_decay: Number
+    powell: Number
+    max_factor_dim: Number | None
+
+    def __post_init__(self):
+        check("learning_rate", self.learning_rate, lambda v: v >= 0, "at least 0", schedule=True)
+        check("damping", self.damping, lambda v: v > 0, "above 0", schedule=True)
+        check_size("pairs", self.pairs)
+        check_decay("momentum", self.momentum)
+        check_decay("factor_decay", self.factor_decay)
+        check("powell", self.powell, lambda v: 0 < v < 1, "between 0 and 1")
+        if self.max_factor_dim is not None:
+            check_size("max_factor_dim", self.max_factor_dim)
+
+
+def scale_by_block_kbfgs(
+    learning_rate: ScalarOrSchedule = 1.0,
+    damping: ScalarOrSchedule = 0.03,
+    *,
+    pairs: Number = 8,
+    momentum: Number = 0.9,
+    factor_decay: Number = 0.9,
+    powell: Number = 0.2,
+    max_factor_dim: Number | None = None,
+    layers: Iterable[Layer] | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    """Preconditions the gradients of layers by block K-BFGS, and makes them as long as is wise.
+
+    The updates that come in are gradients G (momentum is taken here, since the length of the step
+    needs G itself), those that leave are ``a H_a M H_g``, to be scaled by minus the learning rate.
+    In a step that is not taken, and where a gradient is not finite, they are 0.
+
+    ``update(updates, state, params, *, curvature_fn, **extra_args)`` measures at ``params`` and at
+    the probe. A tenth of the batch is enough for ``curvature_fn`` (100 of 1000 examples in all our
+    measurements); these must be among the examples of the gradient. Its loss must see them along
+    the first axis of what the layers are given. With ``curvature_fn=None`` the step is made with
+    what is known and taken unseen. A ``curvature_fn`` of the user's own must take the keyword
+    arguments of `curvature_fn`'s.
+
+    Args:
+        learning_rate: what the step to the minimum of the parabola is multiplied by; a number or a
+            schedule. It must be the one that scales the updates afterwards.
+        damping: lambda; a number above 0, or a schedule. sqrt(lambda) on each side.
+        pairs: q, how many pairs each factor takes in a step; a whole number of at least 1.
+        momentum: decay of M, in [0, 1); M is corrected for its start from 0.
+        factor_decay: decay of the running average A, in [0, 1); the first averages are plain means.
+        powell: mu_1 of Powell's damping, in (0, 1).
+        max_factor_dim: layers with a longer side (None: 8192) are refused.
+        layers: which layers, from `find_layers`; by default every ``kernel`` with two axes.
+            Embeddings are refused.
+
+    Returns:
+        The transformation, with errors as for `scale_by_kbfgs`.
+
+    References:
+        Goldfarb, Ren, Bahamou, `Practical Quasi-Newton Methods for Training Deep Neural Networks
+        <https://arxiv.org/abs/2006.08877>`_, 2020, for the factors; Gao, Goldfarb, `Block BFGS
+        Methods <https://arxiv.org/abs/1609.00318>`_, 2018, and Gower, Goldfarb, Richtarik,
+        `Stochastic Block BFGS <https://arxiv.org/abs/1603.09649>`_, 2016, for several pairs at
+        once. Their use for both factors, and the length of the step, are this library's.
+    """
+    settings = Settings(
+        learning_rate, damping, pairs, momentum, factor_decay, powell, max_factor_dim
+    )
+    given = layers_lib.as_layers(layers)
+    count_of_pairs = known_size("pairs", pairs)
+
+    def init_fn(params: Any) -> ScaleByBlockKBFGSState:
+        def make(count: Any, held: Any, momentum: Any = None) -> ScaleByBlockKBFGSState:
+            none = jnp.zeros((), jnp.int32)
+            return ScaleByBlockKBFGSState(
+                count, held, momentum or {}, none, trust.init(_loss_dtype(held))
+            )
+
+        if is_placeholder(params):
+            return placeholder_state(
+                make, given, lambda layer: block_state.init(layer, jnp.float32)
+            )
+        leaves = named_leaves(params)
+        checks.check_real(leaves)
+        present = layers_present(given, leaves)
+        layers_lib.check_layers(present, leaves)
+        _check_layers(settings, present)
+        return make(
+            jnp.zeros((), jnp.int32),
+            {
+                layer.path: block_state.init(
+                    layer, layers_lib.factor_dtype(leaves[layer.kernel_path].dtype)
+                )
+                for layer in present
+            },
+            {
+                name: jnp.zeros_like(leaves[name], layers_lib.factor_dtype(leaves[name].dtype))
+                for layer in present
+                for name in layer.parameter_paths
+            },
+        )
+
+    def update_fn(
+        updates: Any,
+        state: ScaleByBlockKBFGSState,
+        params: Any = None,
+        *,
+        curvature_fn: CurvatureFn | None = MISSING,
+        **extra_args: Any,
+    ) -> tuple[Any, ScaleByBlockKBFGSState]:
+        del extra_args
+        count = jnp.asarray(optax.safe_increment(state.count))
+        gradients = named_leaves(updates)
+        present = layers_present(given, gradients)
+        checks.check_state(present, state.layers, gradients)
+        if not present:
+            return updates, state._replace(count=count)
+        checks.check_arguments(params, curvature_fn, present, "block K-BFGS")
+        measured = None
+        if curvature_fn is not None:
+            measured = curvature_fn(
+                params, moments=list(state.layers), sketches=count_of_pairs, gradient=True
+            )
+            checks.check_statistics(
+                present, measured, given is None, named_leaves(params), state.layers
+            )
+        updates, new = _step(
+            settings, present, updates, state, params, measured, curvature_fn, count_of_pairs
+        )
+        return updates, new._replace(count=count)
+
+    return optax.GradientTransformationExtraArgs(cast(Any, init_fn), cast(Any, update_fn))
+
+
+def _step(
+    settings: Settings,
+    present: tuple[Layer, ...],
+    updates: Any,
+    state: ScaleByBlockKBFGSState,
+    params: Any,
+    measured: Statistics | None,
+    curvature_fn: Callable[..., Statistics] | None,
+    sketches: int,
+) -> tuple[Any, ScaleByBlockKBFGSState]:
+    """One step; the count is left to the caller."""
+    gradients = named_leaves(updates)
+    lr = value_at(settings.learning_rate, state.count)
+    root = jnp.sqrt(jnp.asarray(value_at(settings.damping, state.count)))
+
+    # The momentum; a gradient that is not finite does not enter it.
+    G = {name: gradients[name].astype(m.dtype) for name, m in state.momentum.items()}
+    usable = jnp.isfinite(sum(jnp.sum(g * g) for g in G.values()))
+    momentum = {
+        name: jnp.where(usable, settings.momentum * m + (1 - settings.momentum) * G[name], m)
+        for name, m in state.momentum.items()
+    }
+    averaged = state.averaged + usable
+    correction = 1 - jnp.asarray(settings.momentum) ** jnp.maximum(averaged, 1)
+    M = {name: m / correction.astype(m.dtype) for name, m in momentum.items()}
+
+    # A takes in the batch, and the input factors q pairs of it: they need no probe.
+    begun = {
+        layer.path: block_state.begin(
+            layer,
+            state.layers[layer.path],
+            measured and measured.layers[layer.path],
+            settings.factor_decay,
+            settings.powell,
+            root,
+        )
+        for layer in present
+    }
+
+    # The direction, and how far to go.
+    P = precondition(present, begun, M, 1.0, None)
+    dtype = state.trust.radius.dtype
+    slope = _inner(G, P).astype(dtype)
+    proposal = trust.propose(state.trust, slope, _inner(M, P).astype(dtype), jnp.asarray(lr, dtype))
+    proposal = jax.tree.map(lambda number: jnp.where(usable, number, 0), proposal)
+    length = proposal.length / jnp.where(jnp.asarray(lr) > 0, lr, 1)
+    steps = {name: jnp.where(length > 0, p * length.astype(p.dtype), 0) for name, p in P.items()}
+    stepped = like(updates, gradients | steps, dtypes=params)
+    state = state._replace(momentum=momentum, averaged=averaged, layers=begun)
+    if measured is None or curvature_fn is None:
+        return stepped, state
+
+    # The same examples at the point proposed.
+    probe = jax.tree.map(lambda p, u: (p + (-1 * lr) * u).astype(p.dtype), params, stepped)
+    probed = curvature_fn(probe, moments=[], sketches=sketches)
+    of_examples = named_leaves(measured.gradient)
+    slope = _inner({name: of_examples[name] for name in P}, P).astype(dtype)
+    accepted, learned = trust.judge(
+        state.trust, proposal, slope, measured.loss.astype(dtype), probed.loss.astype(dtype)
+    )
+    kept = {name: jnp.where(accepted, step, 0) for name, step in steps.items()}
+    layers = {
+        layer.path: block_state.learn(
+            layer,
+            begun[layer.path],
+            layers_lib.to_matrices(layer, named_leaves(params)),
+            layers_lib.to_matrices(layer, named_leaves(probe)),
+            measured.layers[layer.path],
+            probed.layers[layer.path],
+            settings.powell,
+            root,
+        )
+        for layer in present
+    }
+    updates = like(updates, gradients | kept, dtypes=params)
+    return updates, state._replace(layers=layers, trust=learned)
+
+
+def _inner(left: Mapping[str, jax.Array], right: Mapping[str, jax.Array]) -> jax.Array:
+    return sum((jnp.vdot(left[name], p) for name, p in right.items()), jnp.zeros(()))
+
+
+def _loss_dtype(held: Any) -> Any:
+    """Of the numbers of `trust`: float64 if all layers are."""
+    dtypes = {
+        leaf.dtype for leaf in jax.tree.leaves(held) if jnp.issubdtype(leaf.dtype, jnp.floating)
+    }
+    return jnp.float64 if dtypes == {jnp.dtype("float64")} else jnp.float32
+
+
+def _check_layers(settings: Settings, present: Sequence[Layer]) -> None:
+    """Refuses layers whose factors cannot be kept as matrices."""
+    longest = longest_side(settings.max_factor_dim)
+    advice = "Leave it out with layers=, and it goes to the fallback."
+    for layer in present:
+        if layer.lookup:
+            raise ValueError(
+                f"layer {layer.path!r} is an embedding; block K-BFGS does not know its lookups. "
+                f"{advice}"
+            )
+        if max(layer.d_in, layer.d_out) > longest:
+            raise ValueError(
+                f"layer {layer.path!r} has a side of length {max(layer.d_in, layer.d_out)}, for "
+                "which block K-BFGS would keep matrices of that size; max_factor_dim is "
+                f"{longest}. {advice}"
+            )
+
+
+def block_kbfgs(
+    learning_rate: ScalarOrSchedule = 1.0,
+    damping: ScalarOrSchedule = 0.03,
+    *,
+    pairs: Number = 8,
+    momentum: Number = 0.9,
+    weight_decay: Number = 0.0,
+    factor_decay: Number = 0.9,
+    powell: Number = 0.2,
+    max_factor_dim: Number | None = None,
+    layers: Iterable[Layer] | None = None,
+    fallback: optax.GradientTransformation | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    """Block K-BFGS, with settings that are meant to be left alone (`scale_by_block_kbfgs`).
+
+    Args:
+        learning_rate: what the step to the minimum of the parabola is multiplied by; a number or a
+            schedule.
+        damping: lambda; a number above 0, or a schedule.
+        pairs: q, how many pairs each factor takes in a step.
+        momentum: decay of M, in [0, 1).
+        weight_decay: tau, at least 0; ``tau`` times kernel and bias enters the gradient.
+        factor_decay: decay of the running second moment of layer inputs, in [0, 1).
+        powell: mu_1 of Powell's damping, in (0, 1).
+        max_factor_dim: layers with a longer side (None: 8192) are refused.
+        layers: which layers, from `find_layers`; by default every ``kernel`` with two axes.
+        fallback: what updates all other parameters; ``optax.adam(1e-3)`` by default.
+
+    Returns:
+        A transformation to be used like `kbfgs`, with a ``curvature_fn`` of a tenth of the batch:
+
+            tx.update(grads, state, params,
+                      curvature_fn=kfqn.curvature_fn(loss_fn, params, batch[:100]))
+    """
+    scale = scale_by_block_kbfgs(
+        learning_rate,
+        damping,
+        pairs=pairs,
+        momentum=momentum,
+        factor_decay=factor_decay,
+        powell=powell,
+        max_factor_dim=max_factor_dim,
+        layers=layers,
+    )
+    others = optax.adam(1e-3) if fallback is None else fallback
+    return whole(scale, learning_rate, None, weight_decay, layers, others)
