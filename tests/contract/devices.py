@@ -85,9 +85,10 @@ def explicit_mode(optimizer: Optimizer) -> None:
 def on_devices(names: list[str], checks: list[str]) -> dict[str, dict[str, str]]:
     """Outcomes by check and name of the optimizer, from a process with eight devices."""
     tests = Path(__file__).parents[1]
-    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={DEVICES}"
+    flags = f"--xla_force_host_platform_device_count={DEVICES}"
     path = os.pathsep.join([str(tests), str(tests.parent), os.environ.get("PYTHONPATH", "")])
     more = {"XLA_FLAGS": flags, "PYTHONPATH": path, "JAX_PLATFORMS": "cpu", "JAX_ENABLE_X64": "1"}
+    more["JAX_CPU_ENABLE_ASYNC_DISPATCH"] = "0"
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder) / "outcomes.json"
         # -P: as for a script, no module is looked for in the working directory.

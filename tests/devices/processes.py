@@ -14,11 +14,13 @@ def run(asked, devices=8, processes=1, seconds=300, quick=True):
     ``quick``: compiled quickly, to slow programs.
     """
     tests = Path(__file__).parents[1]
-    flags = os.environ.get("XLA_FLAGS", "") if quick else ""
     more = {
-        "XLA_FLAGS": f"{flags} --xla_force_host_platform_device_count={devices}",
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
         "PYTHONPATH": os.pathsep.join([str(tests), str(tests.parent)]),
         "JAX_PLATFORMS": "cpu",
+        # One step after the other: on a busy machine with few cores, devices that were steps ahead
+        # were seen to keep the others from a collective for 40 s, which ends the process.
+        "JAX_CPU_ENABLE_ASYNC_DISPATCH": "0",
         "JAX_DISABLE_MOST_OPTIMIZATIONS": str(int(quick)),
     }
     command = [sys.executable, "-P", "-m", "devices", json.dumps(asked)]

@@ -24,11 +24,11 @@ HERE = Path(__file__).parent
 @pytest.fixture(scope="module")
 def report(tmp_path_factory):
     """What a process with four devices prints."""
-    flags = os.environ.get("XLA_FLAGS", "")
     more = {
-        "XLA_FLAGS": f"{flags} --xla_force_host_platform_device_count=4",
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
         "PYTHONPATH": os.pathsep.join([str(HERE), str(HERE.parents[1])]),
         "JAX_PLATFORMS": "cpu",
+        "JAX_CPU_ENABLE_ASYNC_DISPATCH": "0",
         "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
     }
     command = [sys.executable, HERE / "tiny_devices.py", tmp_path_factory.mktemp("runs")]
