@@ -88,7 +88,7 @@ def on_devices(names: list[str], checks: list[str]) -> dict[str, dict[str, str]]
     flags = f"--xla_force_host_platform_device_count={DEVICES}"
     path = os.pathsep.join([str(tests), str(tests.parent), os.environ.get("PYTHONPATH", "")])
     more = {"XLA_FLAGS": flags, "PYTHONPATH": path, "JAX_PLATFORMS": "cpu", "JAX_ENABLE_X64": "1"}
-    more["JAX_CPU_ENABLE_ASYNC_DISPATCH"] = "0"
+    more["NPROC"] = "32"  # threads for XLA, see devices/processes.py
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder) / "outcomes.json"
         # -P: as for a script, no module is looked for in the working directory.

@@ -18,9 +18,9 @@ def run(asked, devices=8, processes=1, seconds=300, quick=True):
         "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
         "PYTHONPATH": os.pathsep.join([str(tests), str(tests.parent)]),
         "JAX_PLATFORMS": "cpu",
-        # One step after the other: on a busy machine with few cores, devices that were steps ahead
-        # were seen to keep the others from a collective for 40 s, which ends the process.
-        "JAX_CPU_ENABLE_ASYNC_DISPATCH": "0",
+        # Threads for XLA. With fewer than devices and what runs beside them, as on a machine of two
+        # cores, all were seen to wait in a collective for a device that had none.
+        "NPROC": "32",
         "JAX_DISABLE_MOST_OPTIMIZATIONS": str(int(quick)),
     }
     command = [sys.executable, "-P", "-m", "devices", json.dumps(asked)]

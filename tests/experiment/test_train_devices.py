@@ -28,7 +28,7 @@ def report(tmp_path_factory):
         "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
         "PYTHONPATH": os.pathsep.join([str(HERE), str(HERE.parents[1])]),
         "JAX_PLATFORMS": "cpu",
-        "JAX_CPU_ENABLE_ASYNC_DISPATCH": "0",
+        "NPROC": "32",  # threads for XLA, see devices/processes.py
         "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
     }
     command = [sys.executable, HERE / "tiny_devices.py", tmp_path_factory.mktemp("runs")]
