@@ -14,6 +14,7 @@ from kfqn_optax.mini_block import MiniBlockState
 from kfqn_optax.moments import MomentState
 from kfqn_optax.natural import ScaleByKFACState
 from kfqn_optax.nnx import find_nnx_layers, nnx_curvature_fn
+from kfqn_optax.one_pass import value_and_grad
 from kfqn_optax.optimizer import kbfgs, kbfgs_l, kfqn
 from kfqn_optax.sampling import sample_bernoulli, sample_categorical, sample_normal
 from kfqn_optax.sharding import shard_state, sharded, whole_state
@@ -70,6 +71,7 @@ __all__ = [
     "sharded",
     "summary",
     "tkfac",
+    "value_and_grad",
     "warm_start",
     "whole_state",
 ]

@@ -19,6 +19,7 @@ from kfqn_optax.checks import MISSING
 from kfqn_optax.direction import precondition
 from kfqn_optax.layer_state import WARM, LayerState
 from kfqn_optax.layers import Layer, named_leaves
+from kfqn_optax.one_pass import anew
 from kfqn_optax.options import Options, known, value_at
 from kfqn_optax.statistics import Statistics
 
@@ -201,7 +202,7 @@ def _started(
     def make() -> tuple[dict[str, Any], dict[str, jax.Array]]:
         moments: dict[str, Any] = {}
         if unstored and curvature_fn is not None:
-            measured = curvature_fn(params, moments=unstored)
+            measured = anew(curvature_fn)(params, moments=unstored)
             moments = {path: measured.layers[path].input_moment for path in unstored}
         return intake.start(present, held, begun, moments, options, root)
 
