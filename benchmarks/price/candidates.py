@@ -26,6 +26,7 @@ class Candidate:
         input_memory: pairs on the input side; None for a matrix.
         output_memory: the same on the output side.
         every: curvature is measured in every so many steps.
+        one_pass: whether loss and gradient are taken from the curvature's own pass.
         extra: further extra arguments of ``update``, from the loss and the batch.
     """
 
@@ -36,6 +37,7 @@ class Candidate:
     input_memory: int | None = None
     output_memory: int | None = None
     every: int = 1
+    one_pass: bool = False
     extra: Callable[..., dict[str, Any]] | None = None
 
 
@@ -81,6 +83,7 @@ MAIN = {
     "kbfgs, factors kept": _ours(kfqn.kbfgs, None),
 }
 MORE = {
+    "kbfgs, one pass": dataclasses.replace(_ours(kfqn.kbfgs), one_pass=True),
     "kfqn, 20 pairs out": _ours(kfqn.kfqn, moment=False, output_memory=20),
     "kbfgs_l, a tenth": _ours(kfqn.kbfgs_l, 0.1, output=100),
     "kfqn, 20 pairs each": _ours(kfqn.kfqn, moment=False, input_memory=20, output_memory=20),
@@ -130,10 +133,13 @@ def training_step(problem: Problem, candidate: Candidate, tx: Any) -> Callable:
 
     def step(carry, batch):
         params, state = carry
-        loss, grads = jax.value_and_grad(problem.loss_fn)(params, *batch)
         extra = candidate.extra(problem.loss_fn, batch) if candidate.extra else {}
         if candidate.ours:
             extra["curvature_fn"] = curvature(problem, candidate, params, batch)
+        if candidate.one_pass:
+            loss, grads, extra["curvature_fn"] = kfqn.value_and_grad(extra["curvature_fn"], params)
+        else:
+            loss, grads = jax.value_and_grad(problem.loss_fn)(params, *batch)
         updates, state = tx.update(grads, state, params, **extra)
         return (optax.apply_updates(params, updates), state), loss
 
