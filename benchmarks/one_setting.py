@@ -35,6 +35,7 @@ OUTPUT = RESULTS / "one_setting.jsonl"
 BATCH, PART = problems.BATCH, 100
 METHODS = {
     "block": lambda lr: kfqn.block_kbfgs(lr, weight_decay=1e-5),
+    "fast": lambda lr: kfqn.kfqn(lr, 0.3, **time_to_loss.FAST, **time_to_loss.LIMIT),
     "muon": optax.contrib.muon,
     "adam": optax.adam,
 }
@@ -48,7 +49,7 @@ def trainer(problem, method, rate, train, parts):
         params, state, average, t = carry
         x = train[batch]
         grads, extra = jax.grad(loss_fn)(params, x), {}
-        if method == "block":
+        if method in ("block", "fast"):
             extra["curvature_fn"] = kfqn.curvature_fn(loss_fn, params, x[:PART])
         updates, state = tx.update(grads, state, params, **extra)
         params = optax.apply_updates(params, updates)

@@ -69,7 +69,7 @@ def update(
         C, updated, damped = carry
         products = By[:, i]
         e = jax.nn.one_hot(i, 2 * q, dtype=H.dtype)
-        w = jax.nn.one_hot(q + i, 2 * q, dtype=H.dtype) + _times(C, products)
+        w = jax.nn.one_hot(q + i, 2 * q, dtype=H.dtype) + pairs.matvec(C, products)
         sy, yHy = products[i], jnp.sum(products * w)
         by_powell = sy <= powell * yHy
         t = (1 - powell) * yHy / jnp.where(by_powell, yHy - sy, 1)
@@ -93,7 +93,3 @@ def update(
     change = pairs.matmul(V.T, U)
     new = H + (change + change.T)
     return new, Taken(jnp.where(fits, updated, 0), jnp.where(fits, damped, 0), reset)
-
-
-def _times(matrix: jax.Array, vector: jax.Array) -> Any:
-    return jnp.sum(matrix * vector[None, :], axis=-1)

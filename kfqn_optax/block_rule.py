@@ -8,7 +8,8 @@ higher is not taken.
 """
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import functools
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple, cast
 
 import jax
@@ -29,11 +30,10 @@ from kfqn_optax.options import (
     check_decay,
     check_size,
     known_size,
-    longest_side,
     value_at,
 )
 from kfqn_optax.statistics import CurvatureFn, Statistics
-from kfqn_optax.transform import is_placeholder, layers_present, like, placeholder_state
+from kfqn_optax.transform import initial, is_placeholder, layers_present, like, placeholder_state
 from kfqn_optax.trust import Trust
 
 
@@ -141,25 +141,17 @@ def scale_by_block_kbfgs(
             return placeholder_state(
                 make, given, lambda layer: block_state.init(layer, jnp.float32)
             )
-        leaves = named_leaves(params)
-        checks.check_real(leaves)
-        present = layers_present(given, leaves)
-        layers_lib.check_layers(present, leaves)
-        _check_layers(settings, present)
-        return make(
-            jnp.zeros((), jnp.int32),
-            {
-                layer.path: block_state.init(
-                    layer, layers_lib.factor_dtype(leaves[layer.kernel_path].dtype)
-                )
-                for layer in present
-            },
-            {
-                name: jnp.zeros_like(leaves[name], layers_lib.factor_dtype(leaves[name].dtype))
-                for layer in present
-                for name in layer.parameter_paths
-            },
+        check_sides = functools.partial(
+            checks.check_sides, method="block K-BFGS", max_factor_dim=max_factor_dim
         )
+        held = initial(params, given, block_state.init, check_sides)
+        leaves = named_leaves(params)
+        names = [n for layer in layers_present(given, leaves) for n in layer.parameter_paths]
+        momentum = {
+            name: jnp.zeros_like(leaves[name], layers_lib.factor_dtype(leaves[name].dtype))
+            for name in names
+        }
+        return make(jnp.zeros((), jnp.int32), held, momentum)
 
     def update_fn(
         updates: Any,
@@ -236,7 +228,8 @@ def _step(
     P = precondition(present, begun, M, 1.0, None)
     dtype = state.trust.radius.dtype
     slope = _inner(G, P).astype(dtype)
-    proposal = trust.propose(state.trust, slope, _inner(M, P).astype(dtype), jnp.asarray(lr, dtype))
+    curvature = _inner(M, P).astype(dtype)
+    proposal = trust.propose(state.trust, slope, curvature, jnp.asarray(lr, dtype))
     proposal = jax.tree.map(lambda number: jnp.where(usable, number, 0), proposal)
     length = proposal.length / jnp.where(jnp.asarray(lr) > 0, lr, 1)
     steps = {name: jnp.where(length > 0, p * length.astype(p.dtype), 0) for name, p in P.items()}
@@ -254,12 +247,13 @@ def _step(
         state.trust, proposal, slope, measured.loss.astype(dtype), probed.loss.astype(dtype)
     )
     kept = {name: jnp.where(accepted, step, 0) for name, step in steps.items()}
+    weights, probe_weights = named_leaves(params), named_leaves(probe)
     layers = {
         layer.path: block_state.learn(
             layer,
             begun[layer.path],
-            layers_lib.to_matrices(layer, named_leaves(params)),
-            layers_lib.to_matrices(layer, named_leaves(probe)),
+            layers_lib.to_matrices(layer, weights),
+            layers_lib.to_matrices(layer, probe_weights),
             measured.layers[layer.path],
             probed.layers[layer.path],
             settings.powell,
@@ -272,7 +266,7 @@ def _step(
 
 
 def _inner(left: Mapping[str, jax.Array], right: Mapping[str, jax.Array]) -> jax.Array:
-    return sum((jnp.vdot(left[name], p) for name, p in right.items()), jnp.zeros(()))
+    return jnp.asarray(optax.tree.vdot(left, right))
 
 
 def _loss_dtype(held: Any) -> Any:
@@ -281,24 +275,6 @@ def _loss_dtype(held: Any) -> Any:
         leaf.dtype for leaf in jax.tree.leaves(held) if jnp.issubdtype(leaf.dtype, jnp.floating)
     }
     return jnp.float64 if dtypes == {jnp.dtype("float64")} else jnp.float32
-
-
-def _check_layers(settings: Settings, present: Sequence[Layer]) -> None:
-    """Refuses layers whose factors cannot be kept as matrices."""
-    longest = longest_side(settings.max_factor_dim)
-    advice = "Leave it out with layers=, and it goes to the fallback."
-    for layer in present:
-        if layer.lookup:
-            raise ValueError(
-                f"layer {layer.path!r} is an embedding; block K-BFGS does not know its lookups. "
-                f"{advice}"
-            )
-        if max(layer.d_in, layer.d_out) > longest:
-            raise ValueError(
-                f"layer {layer.path!r} has a side of length {max(layer.d_in, layer.d_out)}, for "
-                "which block K-BFGS would keep matrices of that size; max_factor_dim is "
-                f"{longest}. {advice}"
-            )
 
 
 def block_kbfgs(

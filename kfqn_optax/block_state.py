@@ -46,9 +46,7 @@ def init(layer: Layer, dtype: Any) -> BlockState:
         stage=jnp.zeros((), jnp.int32),
         counts=jnp.zeros(4, jnp.int32),
     )
-    if layer.blocks is None:
-        return state
-    return jax.tree.map(lambda x: jnp.tile(x, (layer.blocks, *[1] * x.ndim)), state)
+    return layer.for_each_block(state)
 
 
 def begin(

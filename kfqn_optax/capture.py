@@ -13,7 +13,7 @@ drops what nobody reads (the second moments at the probe).
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -158,20 +158,9 @@ class _Measure:
     seen: tuple[Seen, ...]
 
     def __call__(
-        self,
-        full: Any,
-        args: tuple,
-        kwargs: dict,
-        params: Any,
-        *,
-        moments: Collection[str] | None = None,
-        vectors: Mapping[str, jax.Array] | None = None,
-        output_moments: Collection[str] = (),
-        joint_moments: Collection[str] = (),
-        sketches: int = 0,
-        gradient: bool = False,
+        self, full: Any, args: tuple, kwargs: dict, params: Any, /, **asked: Any
     ) -> Statistics:
-        """The statistics at ``params``; ``full`` fills the holes in it."""
+        """The statistics at ``params``, see `measure`; ``full`` fills the holes in it."""
         kinds = {s.layer.path: s.layer.kind for s in self.seen}
 
         def see(module: nn.Module, call: Call | None, inputs, output, kernel) -> jax.Array:
@@ -189,18 +178,7 @@ class _Measure:
                 result = self.loss_fn(_insert(filled, entries), *args, **kwargs)
             return loss.scalar(self.loss_fn, result)
 
-        return measure(
-            run,
-            self.seen,
-            self.loss_fn,
-            params,
-            moments,
-            vectors,
-            output_moments,
-            joint_moments,
-            sketches,
-            gradient,
-        )
+        return measure(run, self.seen, self.loss_fn, params, **asked)
 
 
 # --- shared -------------------------------------------------------------------------------------

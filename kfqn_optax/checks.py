@@ -1,6 +1,6 @@
 """What can be wrong with the input of an update, each in a sentence that says what to do."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax.numpy as jnp
@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from kfqn_optax import inverse
 from kfqn_optax import layers as layers_lib
 from kfqn_optax.layers import Layer
+from kfqn_optax.options import Number, longest_side
 from kfqn_optax.statistics import Statistics
 
 MISSING: Any = object()  # stands for an argument that was left out
@@ -20,6 +21,38 @@ def check_real(leaves: Mapping[str, Any]) -> None:
             raise TypeError(
                 f"parameter {name!r} has dtype {leaf.dtype}, which has no gradient. Leave it out "
                 "with optax.masked or optax.partition, or keep it outside the parameters."
+            )
+
+
+def check_sides(
+    present: tuple[Layer, ...],
+    method: str,
+    max_factor_dim: Number | None,
+    lookups: bool = False,
+    sides: Callable[[Layer], list[int]] | None = None,
+) -> None:
+    """Refuses layers whose factors cannot be kept as matrices.
+
+    Args:
+        present: the layers.
+        method: its name.
+        max_factor_dim: the longest side; None for the default.
+        lookups: whether the method knows the lookups of embeddings, for which it keeps no matrix.
+        sides: the lengths for which a layer needs matrices; d_in and d_out by default.
+    """
+    longest = longest_side(max_factor_dim)
+    advice = "Leave it out with layers=, and it goes to the fallback."
+    for layer in present:
+        if layer.lookup and not lookups:
+            raise ValueError(
+                f"layer {layer.path!r} is an embedding; {method} does not know its lookups. "
+                f"{advice}"
+            )
+        own = sides(layer) if sides else [layer.d_out] + [layer.d_in] * (not layer.lookup)
+        if max(own, default=0) > longest:
+            raise ValueError(
+                f"layer {layer.path!r} has a side of length {max(own)}, for which {method} would "
+                f"keep two matrices of that size; max_factor_dim is {longest}. {advice}"
             )
 
 

@@ -104,9 +104,7 @@ def init(layer: Layer, dtype: Any, options: Options) -> LayerState:
         second_damped=jnp.zeros((), bool),
         counts=jnp.zeros(len(COLUMNS), jnp.int32),
     )
-    if layer.blocks is None:
-        return state
-    return jax.tree.map(lambda x: jnp.tile(x, (layer.blocks, *[1] * x.ndim)), state)
+    return layer.for_each_block(state)
 
 
 def warm(state: LayerState, moment: jax.Array | None, positions: jax.Array) -> LayerState:

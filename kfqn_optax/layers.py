@@ -77,6 +77,12 @@ class Layer:
         """A function of one matrix's arrays, mapped over the blocks if there are any."""
         return fn if self.blocks is None else jax.vmap(fn)
 
+    def for_each_block(self, tree: Any) -> Any:
+        """Arrays that are the same for each block, with an axis of blocks in front if there are."""
+        if self.blocks is None:
+            return tree
+        return jax.tree.map(lambda x: jnp.tile(x, (self.blocks, *[1] * x.ndim)), tree)
+
 
 def join(*parts: str) -> str:
     """Joins the parts of a path; empty parts vanish."""

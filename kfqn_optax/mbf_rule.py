@@ -4,6 +4,7 @@ The blocks are made of the gradient itself, see `mini_block`; nothing is measure
 """
 
 import dataclasses
+import functools
 from collections.abc import Iterable
 from typing import Any, NamedTuple, cast
 
@@ -24,11 +25,10 @@ from kfqn_optax.options import (
     check_size,
     inverses_due,
     is_damping,
-    longest_side,
     value_at,
 )
 from kfqn_optax.statistics import running_average
-from kfqn_optax.transform import is_placeholder, layers_present, like, placeholder_state
+from kfqn_optax.transform import initial, is_placeholder, layers_present, like, placeholder_state
 
 
 class ScaleByMBFState(NamedTuple):
@@ -97,16 +97,11 @@ def scale_by_mbf(
             return placeholder_state(
                 ScaleByMBFState, given, lambda layer: mini_block.init(layer, jnp.float32)
             )
-        leaves = named_leaves(params)
-        checks.check_real(leaves)
-        present = layers_present(given, leaves)
-        layers_lib.check_layers(present, leaves)
-        _check_layers(present, max_factor_dim)
-        dtypes = {x.path: layers_lib.factor_dtype(leaves[x.kernel_path].dtype) for x in present}
-        return ScaleByMBFState(
-            count=jnp.zeros((), jnp.int32),
-            layers={layer.path: mini_block.init(layer, dtypes[layer.path]) for layer in present},
+        check_sides = functools.partial(
+            checks.check_sides, method="MBF", max_factor_dim=max_factor_dim, sides=_sides
         )
+        held = initial(params, given, mini_block.init, check_sides)
+        return ScaleByMBFState(jnp.zeros((), jnp.int32), held)
 
     def update_fn(
         updates: Any, state: ScaleByMBFState, params: Any = None, **extra_args: Any
@@ -214,19 +209,9 @@ def _without_conv_bias(layers: Iterable[Layer] | None) -> tuple[Layer, ...] | No
     )
 
 
-def _check_layers(present: Iterable[Layer], max_factor_dim: Number | None) -> None:
-    longest = longest_side(max_factor_dim)
-    advice = "Leave it out with layers=, and it goes to the fallback."
-    for layer in present:
-        if layer.lookup:
-            raise ValueError(
-                f"layer {layer.path!r} is an embedding; MBF does not know its lookups. {advice}"
-            )
-        if layer.kind != "conv" and layer.d_out > longest:
-            raise ValueError(
-                f"layer {layer.path!r} has an output side of length {layer.d_out}, for which MBF "
-                f"would keep two matrices of that size; max_factor_dim is {longest}. {advice}"
-            )
+def _sides(layer: Layer) -> list[int]:
+    """The sides for which matrices are kept: a convolution has small ones, one for each filter."""
+    return [] if layer.kind == "conv" else [layer.d_out]
 
 
 def _check_state(present: tuple[Layer, ...], state: ScaleByMBFState) -> None:

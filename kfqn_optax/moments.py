@@ -78,9 +78,7 @@ def init(layer: Layer, dtype: Any) -> MomentState:
         output_moment=jnp.zeros((d_out, d_out), dtype),
         stage=jnp.full((), EMPTY, jnp.int32),
     )
-    if layer.blocks is None:
-        return state
-    return jax.tree.map(lambda x: jnp.tile(x, (layer.blocks, *[1] * x.ndim)), state)
+    return layer.for_each_block(state)
 
 
 def warm(state: MomentState, input_moment: jax.Array, output_moment: jax.Array) -> MomentState:

@@ -6,6 +6,7 @@ averages, inverses now and then, the direction.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple, cast
 
@@ -28,11 +29,10 @@ from kfqn_optax.options import (
     check_size,
     inverses_due,
     is_damping,
-    longest_side,
     value_at,
 )
 from kfqn_optax.statistics import CurvatureFn, LayerStatistics
-from kfqn_optax.transform import is_placeholder, layers_present, like, placeholder_state
+from kfqn_optax.transform import initial, is_placeholder, layers_present, like, placeholder_state
 
 
 class ScaleByKFACState(NamedTuple):
@@ -118,20 +118,14 @@ def natural_gradient(
             return placeholder_state(
                 rule.state, given, lambda layer: moments_lib.init(layer, jnp.float32)
             )
-        leaves = named_leaves(params)
-        checks.check_real(leaves)
-        present = layers_present(given, leaves)
-        layers_lib.check_layers(present, leaves)
-        _check_layers(rule, settings, present)
-        return rule.state(
-            count=jnp.zeros((), jnp.int32),
-            layers={
-                layer.path: moments_lib.init(
-                    layer, layers_lib.factor_dtype(leaves[layer.kernel_path].dtype)
-                )
-                for layer in present
-            },
+        check_sides = functools.partial(
+            checks.check_sides,
+            method=rule.name,
+            max_factor_dim=settings.max_factor_dim,
+            lookups=rule.lookups,
         )
+        held = initial(params, given, moments_lib.init, check_sides)
+        return rule.state(count=jnp.zeros((), jnp.int32), layers=held)
 
     def update_fn(
         updates: Any,
@@ -198,21 +192,3 @@ def _moments(rule: Rule, path: str, measured: LayerStatistics) -> Moments:
             "kfqn_optax.curvature_fn's: def curvature_fn(params, **asked)."
         )
     return batch
-
-
-def _check_layers(rule: Rule, settings: Settings, present: Sequence[Layer]) -> None:
-    """Refuses layers whose factors cannot be kept as matrices."""
-    longest = longest_side(settings.max_factor_dim)
-    advice = "Leave it out with layers=, and it goes to the fallback."
-    for layer in present:
-        if layer.lookup and not rule.lookups:
-            raise ValueError(
-                f"layer {layer.path!r} is an embedding; {rule.name} does not know its lookups. "
-                f"{advice}"
-            )
-        sides = [layer.d_out] if layer.lookup else [layer.d_in, layer.d_out]
-        if max(sides) > longest:
-            raise ValueError(
-                f"layer {layer.path!r} has a side of length {max(sides)}, for which {rule.name} "
-                f"would keep two matrices of that size; max_factor_dim is {longest}. {advice}"
-            )

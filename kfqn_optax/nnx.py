@@ -12,7 +12,7 @@ import collections
 import functools
 import inspect
 import itertools
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -79,16 +79,7 @@ def nnx_curvature_fn(
     graph, full, rest = nnx.split(model, nnx.Param, ...)
     arguments = _frozen((args, kwargs))
 
-    def measure_at(
-        params: Any,
-        *,
-        moments: Collection[str] | None = None,
-        vectors: Mapping[str, jax.Array] | None = None,
-        output_moments: Collection[str] = (),
-        joint_moments: Collection[str] = (),
-        sketches: int = 0,
-        gradient: bool = False,
-    ) -> Statistics:
+    def measure_at(params: Any, /, **asked: Any) -> Statistics:
         def run(entries: dict[str, dict[str, jax.Array]], params: Any) -> jax.Array:
             copy = nnx.merge(graph, fill_holes(full, params), rest, copy=True)
             for path, layer in _layers(copy).items():
@@ -101,18 +92,7 @@ def nnx_curvature_fn(
             args, kwargs = arguments()
             return loss.scalar(loss_fn, loss_fn(copy, *args, **kwargs))
 
-        return measure(
-            run,
-            seen,
-            loss_fn,
-            params,
-            moments,
-            vectors,
-            output_moments,
-            joint_moments,
-            sketches,
-            gradient,
-        )
+        return measure(run, seen, loss_fn, params, **asked)
 
     return measure_at
 

@@ -54,19 +54,10 @@ def quasi_newton(
                 given,
                 lambda layer: layer_state.init(layer, jnp.float32, options),
             )
-        leaves = named_leaves(params)
-        checks.check_real(leaves)
-        present = layers_present(given, leaves)
-        layers_lib.check_layers(present, leaves)
-        return ScaleByKBFGSState(
-            count=jnp.zeros((), jnp.int32),
-            layers={
-                layer.path: layer_state.init(
-                    layer, layers_lib.factor_dtype(leaves[layer.kernel_path].dtype), options
-                )
-                for layer in present
-            },
+        layers = initial(
+            params, given, lambda layer, dtype: layer_state.init(layer, dtype, options)
         )
+        return ScaleByKBFGSState(jnp.zeros((), jnp.int32), layers)
 
     def update_fn(
         updates: Any,
@@ -238,6 +229,31 @@ def layers_present(given: tuple[Layer, ...] | None, leaves: dict[str, Any]) -> t
     if given is None:
         return layers_lib.infer_layers(leaves)
     return tuple(layer for layer in given if any(name in leaves for name in layer.parameter_paths))
+
+
+def initial(
+    params: Any,
+    given: tuple[Layer, ...] | None,
+    init: Callable[[Layer, Any], Any],
+    check: Callable[[tuple[Layer, ...]], None] = lambda present: None,
+) -> dict[str, Any]:
+    """What is kept of each layer before the first step, by path.
+
+    Args:
+        params: the parameters.
+        given: the layers, None for those that the parameters show.
+        init: from a layer and the dtype of its factors to what is kept of it.
+        check: refuses layers that the method cannot have.
+    """
+    leaves = named_leaves(params)
+    checks.check_real(leaves)
+    present = layers_present(given, leaves)
+    layers_lib.check_layers(present, leaves)
+    check(present)
+    return {
+        layer.path: init(layer, layers_lib.factor_dtype(leaves[layer.kernel_path].dtype))
+        for layer in present
+    }
 
 
 def is_placeholder(params: Any) -> bool:
