@@ -261,7 +261,10 @@ def test_the_tolerance_is_relative_to_what_the_side_sees():
     """A mean cotangent that is large and hardly changes; a mean input, and a factor so small."""
     shift = 1e8 * jnp.ones(3)
     new = call(
-        *(one._replace(cotangent_mean=one.cotangent_mean + shift) for one in map(statistics, (0, 1)))
+        *(
+            one._replace(cotangent_mean=one.cotangent_mean + shift)
+            for one in map(statistics, (0, 1))
+        )
     )
     assert int(new.output_status) == pairs.TOO_SMALL
     assert int(new.input_status) == pairs.UPDATED

@@ -174,7 +174,10 @@ def test_a_pair_that_stretches_what_earlier_pairs_made():
     H, _ = update(lbfgs.init(3, 4, jnp.float32), first, UPDATED)
     assert int(update(H, second, UPDATED)[1]) == pairs.UPDATED
     # Of what the second stretches, all is along the s of the first.
-    first, second = Pair(*jnp.float32([[1, 0, 0]] * 2)), Pair(*jnp.float32([[0, 1, 0], [300, 1, 0]]))
+    first, second = (
+        Pair(*jnp.float32([[1, 0, 0]] * 2)),
+        Pair(*jnp.float32([[0, 1, 0], [300, 1, 0]])),
+    )
     H, _ = update(lbfgs.init(3, 4, jnp.float32), first, UPDATED)
     assert int(update(H, second, UPDATED)[1]) == pairs.RESET
 

@@ -21,13 +21,14 @@ import tempfile
 import time
 from pathlib import Path
 
+from benchmarks.mutants.block import BLOCK
 from benchmarks.mutants.factors import FACTORS
 from benchmarks.mutants.mutant import Mutant
 from benchmarks.mutants.steps import STEPS
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results" / "mutants.json"
-MUTANTS = (*FACTORS, *STEPS)
+MUTANTS = (*FACTORS, *STEPS, *BLOCK)
 COPIED = ("kfqn_optax", "tests", "benchmarks", "docs", "configs", "pyproject.toml", "README.md")
 CAUGHT, SURVIVED, TIME_IS_UP = "caught", "survived", "caught: takes too long"
 
@@ -141,9 +142,7 @@ def main() -> int:
     known = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     results = {m.key: known[m.key] | {"reason": m.reason} for m in MUTANTS if m.key in known}
     wanted = [m for m in MUTANTS if options.only in m.path or options.only in m.old]
-    wanted = [
-        m for m in wanted if options.again or m.key not in results or is_open(results[m.key])
-    ]
+    wanted = [m for m in wanted if options.again or m.key not in results or is_open(results[m.key])]
     with tempfile.TemporaryDirectory() as folder:
         copy = copied(Path(folder))
         for tests in dict.fromkeys(m.tests for m in wanted):  # sound code must pass; -x stops early
