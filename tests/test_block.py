@@ -160,6 +160,33 @@ def test_layers_that_are_not_reached(tiny):
                 equal(getattr(counted, side), expected)
 
 
+def test_a_factor_that_is_lost_is_counted(tiny):
+    loss_fn, params, step = tiny
+    x, t = next(batches_for(params, batch=12))
+    _, state = step(params, make().init(params), x, t)
+    for side in ("input", "output"):
+        held = layers_of(state)[D0]
+        ruined = held._replace(**{side: -jnp.eye(len(getattr(held, side)))})
+        _, after = step(params, state._replace(layers=state.layers | {D0: ruined}), x, t)
+        health = kfqn.health(after)
+        assert getattr(health[D0], side)["reset: positive definiteness lost in rounding"] == 1
+        assert health.totals()["reset"] == 1
+        assert np.linalg.eigvalsh(getattr(layers_of(after)[D0], side))[0] > 0
+
+
+def test_a_step_of_last_digits_teaches_the_output_side_nothing(tiny):
+    loss_fn, params, step = tiny
+    x, t = next(batches_for(params, batch=12))
+    _, state = step(params, make().init(params), x, t)
+    state = state._replace(trust=state.trust._replace(radius=jnp.asarray(1e-32)))
+    updates, after = step(params, state, x, t)
+    assert 0 < optax.tree.norm(updates) < 1e-14
+    for path, held in layers_of(state).items():
+        equal(layers_of(after)[path].output, held.output)
+        before, counted = (kfqn.health(one)[path].output for one in (state, after))
+        equal(counted, before | {"only rounding": np.asarray(PAIRS)})
+
+
 @pytest.mark.parametrize("rate", [0.0, 0.03, 3.0])
 def test_learning_rates(rate):
     """From 0 to 3 nothing diverges; 0 leaves the parameters and the output factors alone."""
@@ -284,13 +311,27 @@ def test_pairs_that_are_of_no_use(s, y, status):
     expected, others = update(*map(jnp.asarray, (H, S[[0, 2]], Y[[0, 2]])), 0.2, 1.0)
     assert taken.status.tolist() == [pairs.UPDATED, status, pairs.UPDATED]
     assert not taken.damped.any()
+    assert not taken.reset
     assert relative(made, expected) < 1e-12
 
 
-def test_a_factor_that_is_lost_starts_anew():
+def test_an_update_that_would_overflow_is_left_out_as_a_whole():
+    rng = np.random.default_rng(0)
+    H, S = np.eye(5), rng.normal(size=(3, 5))
+    Y = 2 * S
+    S[1], Y[0], Y[1] = 1e160 * np.abs(S[1]), -S[0], 1e-152
+    made, taken = update(*map(jnp.asarray, (H, S, Y)), 0.2, 1.0)
+    np.testing.assert_array_equal(made, H)
+    assert taken.status.tolist() == [pairs.NOT_FINITE] * 3
+    assert not taken.damped.any()
+    assert not taken.reset
+
+
+@pytest.mark.parametrize("ruin", [-1.0, np.nan])
+def test_a_factor_that_is_lost_starts_anew(ruin):
     rng = np.random.default_rng(0)
     S = rng.normal(size=(2, 4))
-    made, taken = update(-jnp.eye(4), jnp.asarray(S), jnp.asarray(3 * S), 0.2, 0.5)
+    made, taken = update(ruin * jnp.eye(4), jnp.asarray(S), jnp.asarray(3 * S), 0.2, 0.5)
     expected, _ = update(0.5 * jnp.eye(4), jnp.asarray(S), jnp.asarray(3 * S), 0.2, 0.5)
     assert bool(taken.reset)
     np.testing.assert_array_equal(made, expected)
@@ -329,11 +370,43 @@ def test_trust(radius, kappa, slope, curvature, before, rise, lr):
         assert float(new.radius) <= max(radius / 4, 1e-13 * before)
 
 
-@pytest.mark.parametrize("after", [np.nan, np.inf])
-def test_a_loss_that_is_not_finite(after):
+@pytest.mark.parametrize(
+    ("slope", "curvature"),
+    [
+        *((slope, 1) for slope in (np.inf, np.nan, 0, -1, 1e-160)),
+        *((1, curvature) for curvature in (np.inf, np.nan, 0, -1)),
+    ],
+)
+def test_a_direction_that_leads_nowhere(slope, curvature):
+    step = propose(trust.init(jnp.float64), jnp.float64(slope), jnp.float64(curvature), 1.0)
+    assert float(step.length) == float(step.squared) == 0
+
+
+@pytest.mark.parametrize(
+    ("before", "rise", "taken", "radius"),
+    [
+        (0.5, 0.9, True, 0.5),
+        (0.5, 1.0, True, 0.75),  # nothing but rounding is as predicted
+        (0.5, 1.09, True, 0.5 / 1.5),
+        (0.5, 1.11, False, 0.5 / 4),
+        (3.0, 1.11, False, 1.0 / 4),  # the step, to the minimum, is shorter than the radius
+        (1e-15, 1.11, False, 20 * np.finfo(float).eps),  # the rounding error of the loss, 2
+    ],
+)
+def test_a_step_is_taken_if_the_loss_rises_by_a_tenth_at_most(before, rise, taken, radius):
+    held = trust.init(jnp.float64)._replace(radius=jnp.asarray(before))
+    step = propose(held, *map(jnp.asarray, (1.0, 1.0, 1.0)))
+    accepted, new = judge(held, step, *map(jnp.asarray, (1.0, 2.0, 2.0 * rise)))
+    assert bool(accepted) == taken
+    assert float(new.radius) == pytest.approx(radius, abs=0)
+    assert int(new.rejected) == (not taken)
+
+
+@pytest.mark.parametrize(("slope", "after"), [(1, np.nan), (1, np.inf), (1, -np.inf), (np.nan, 2)])
+def test_a_loss_or_a_slope_that_is_not_finite(slope, after):
     held = trust.init(jnp.float32)
     step = propose(held, *map(jnp.float32, (1.0, 1.0, 1.0)))
-    accepted, new = judge(held, step, *map(jnp.float32, (1.0, 2.0, after)))
+    accepted, new = judge(held, step, *map(jnp.float32, (slope, 2.0, after)))
     assert not accepted
     assert new.kappa == held.kappa
     assert new.radius < held.radius

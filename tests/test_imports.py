@@ -142,7 +142,7 @@ def test_a_room_imports_only_rooms_above_it():
             "options", "layers", "layer_state", "statistics", "packed", "pairs", "bfgs", "lbfgs",
             "inverse", "intake",
         },
-        "direction": {"options", "layers", "inverse"},
+        "direction": {"options", "layers", "inverse", "lbfgs"},
         "health": {"block_rule", "pairs", "layer_state", "summary"},
         "moments": {"options", "layers", "layer_state", "bfgs", "inverse", "statistics"},
         "sampling": set(),

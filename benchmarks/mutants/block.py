@@ -4,20 +4,24 @@ from benchmarks.mutants.mutant import in_file
 
 _IN_TURN = "tests/test_block.py::test_pairs_in_coordinates_are_pairs_in_turn"
 _NO_USE = "tests/test_block.py::test_pairs_that_are_of_no_use"
+_FITS = "tests/test_block.py::test_an_update_that_would_overflow_is_left_out_as_a_whole"
 _LOST = "tests/test_block.py::test_a_factor_that_is_lost_starts_anew"
 _BOUNDS = "tests/test_block.py::test_trust"
-_LOSS = "tests/test_block.py::test_a_loss_that_is_not_finite"
+_NOWHERE = "tests/test_block.py::test_a_direction_that_leads_nowhere"
+_RISE = "tests/test_block.py::test_a_step_is_taken_if_the_loss_rises_by_a_tenth_at_most"
+_LOSS = "tests/test_block.py::test_a_loss_or_a_slope_that_is_not_finite"
 _PARABOLA = "tests/test_block.py::test_kappa_finds_the_curvature_of_a_parabola"
 _NUMPY = "tests/test_block.py::test_against_numpy[1.0]"
 _RATE = "tests/test_block.py::test_against_numpy[2.5]"
 _INPUTS = "tests/test_block.py::test_inputs_that_are_not_finite"
 _REACHED = "tests/test_block.py::test_layers_that_are_not_reached"
-_RATES = "tests/test_block.py::test_learning_rates[0.0]"
+_DIGITS = "tests/test_block.py::test_a_step_of_last_digits_teaches_the_output_side_nothing"
+_COUNTED = "tests/test_block.py::test_a_factor_that_is_lost_is_counted"
 _SIGNS = "tests/test_block.py::test_signs"
 _STACK = "tests/test_sketch.py::test_sketches_from_single_examples[of_stack]"
 
-_update = in_file("block_bfgs", _IN_TURN, _NO_USE, _LOST)
-_trust = in_file("trust", _BOUNDS, _LOSS, _PARABOLA)
+_update = in_file("block_bfgs", _IN_TURN, _NO_USE, _FITS, _LOST)
+_trust = in_file("trust", _NOWHERE, _RISE, _LOSS, _BOUNDS, _PARABOLA)
 _state = in_file("block_state", _NUMPY)
 _sketch = in_file("sketch", _SIGNS, _STACK)
 
@@ -38,8 +42,13 @@ BLOCK = (
     _update("ok & by_powell)", "by_powell)"),
     _update("V, U = jnp.where(fits, V, 0), jnp.where(fits, U, 0)", ""),
     _update("fits | (status != pairs.UPDATED), status", "True, status"),
+    _update("damped & fits, reset", "damped, reset"),
     _trust("usable = (slope > 0) & (curvature > 0)", "usable = (curvature > 0)"),
-    _trust("usable = (slope > 0) & (curvature > 0)", "usable = (slope > 0)"),
+    _trust(
+        "usable = (slope > 0) & (curvature > 0)",
+        "usable = (slope > 0)",
+        reason="a curvature of 0 or below makes a squared length of 0 or below: too small",
+    ),
     _trust("& jnp.isfinite(slope) & jnp.isfinite(curvature)", ""),
     _trust("(trust.kappa * curvature), LONGEST)", "curvature, LONGEST)"),
     _trust("LONGEST) * scale", "LONGEST)", _RATE),
@@ -60,13 +69,13 @@ BLOCK = (
     _trust("moved & finite, kappa", "moved, kappa"),
     _trust("(moved & ~accepted)", "(~accepted)"),
     _trust("return accepted & moved", "return accepted"),
-    _state("told = size > rounding", "told = size > 0", _NUMPY, _RATES),
+    _state("told = size > rounding", "told = size > 0", _DIGITS),
     _state("jnp.isfinite(size + rounding + _lengths(S))", "True", _INPUTS),
     _state("[(at.rows == 0) | (plus.rows == 0)", "[(at.rows != 0) | (plus.rows == 0)"),
     _state("[seen.rows == 0, ~usable]", "[~usable, ~usable]", _INPUTS, _REACHED),
     _state("n / (n + 1)", "1"),
     _state("fresh = usable & (state.stage == 0)", "fresh = usable & False"),
-    _state("taken.reset * np", "0 * np", _LOST),
+    _state("taken.reset * np", "0 * np", _COUNTED),
     _sketch("drawn / np.sqrt(examples)", "drawn / examples"),
     _sketch("totals = jnp.sum(rows", "totals = jnp.mean(rows"),
     _sketch(
