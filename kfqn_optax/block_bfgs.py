@@ -6,7 +6,7 @@ after the other, each damped by what the factor is by then, but in coordinates. 
 changes C alone. So H is read twice and written once, whatever q is.
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,12 +19,12 @@ class Taken(NamedTuple):
     """What became of q pairs.
 
     Attributes:
-        updated: how many entered the factor, int32.
-        damped: how many of those Powell's damping changed, int32.
+        status: whether each entered the factor, or why not (see `pairs`), int32, [q].
+        damped: which of those that entered Powell's damping changed, bool, [q].
         reset: whether the factor was lost before, and starts anew from a multiple of the identity.
     """
 
-    updated: jax.Array
+    status: jax.Array
     damped: jax.Array
     reset: jax.Array
 
@@ -64,9 +64,8 @@ def update(
     By = pairs.matmul(B, y.T)
     numbers = jnp.finfo(H.dtype)
 
-    def take(carry: tuple[jax.Array, ...], i: jax.Array) -> tuple[tuple[jax.Array, ...], Any]:
+    def take(C: jax.Array, i: jax.Array) -> tuple[jax.Array, tuple[jax.Array, ...]]:
         """One pair, in coordinates of B: its s is the i-th row, its Hy is ``B^T w``."""
-        C, updated, damped = carry
         products = By[:, i]
         e = jax.nn.one_hot(i, 2 * q, dtype=H.dtype)
         w = jax.nn.one_hot(q + i, 2 * q, dtype=H.dtype) + pairs.matvec(C, products)
@@ -77,19 +76,23 @@ def update(
         sy = jnp.where(by_powell, powell * yHy, sy)
         rho = 1 / jnp.where(sy > 0, sy, 1)
         u = (1 + rho * yHy) * rho / 2 * v - rho * w
-        in_range = (sy > numbers.tiny / numbers.eps) & (sy < numbers.max * numbers.eps)
-        ok = (yHy > 0) & in_range & jnp.isfinite(jnp.sum(jnp.abs(v)) * jnp.sum(jnp.abs(u)))
+        small, large = sy <= numbers.tiny / numbers.eps, sy >= numbers.max * numbers.eps
+        ok = jnp.isfinite(jnp.sum(jnp.abs(v)) * jnp.sum(jnp.abs(u))) & ~large
+        reasons = [~usable[i, 0], yHy <= 0, small, ~ok]
+        words = [pairs.NOT_FINITE, pairs.NOT_POSITIVE, pairs.TOO_SMALL, pairs.NOT_FINITE]
+        status = jnp.select(reasons, words, pairs.UPDATED).astype(jnp.int32)
+        ok = status == pairs.UPDATED
         v, u = jnp.where(ok, v, 0), jnp.where(ok, u, 0)
         C = C + v[:, None] * u[None, :] + u[:, None] * v[None, :]
-        return (C, updated + ok, damped + (ok & by_powell)), (v, u)
+        return C, (v, u, status, ok & by_powell)
 
-    none = jnp.zeros((), jnp.int32)
-    (_, updated, damped), (v, u) = jax.lax.scan(
-        take, (jnp.zeros((2 * q, 2 * q), H.dtype), none, none), jnp.arange(q)
+    _, (v, u, status, damped) = jax.lax.scan(
+        take, jnp.zeros((2 * q, 2 * q), H.dtype), jnp.arange(q)
     )
     V, U = pairs.matmul(v, B), pairs.matmul(u, B)
     fits = jnp.isfinite(2 * q * jnp.max(jnp.abs(V)) * jnp.max(jnp.abs(U)))
     V, U = jnp.where(fits, V, 0), jnp.where(fits, U, 0)
     change = pairs.matmul(V.T, U)
     new = H + (change + change.T)
-    return new, Taken(jnp.where(fits, updated, 0), jnp.where(fits, damped, 0), reset)
+    status = jnp.where(fits | (status != pairs.UPDATED), status, pairs.NOT_FINITE)
+    return new, Taken(status, damped & fits, reset)

@@ -131,15 +131,18 @@ def scale_by_block_kbfgs(
     count_of_pairs = known_size("pairs", pairs)
 
     def init_fn(params: Any) -> ScaleByBlockKBFGSState:
-        def make(count: Any, held: Any, momentum: Any = None) -> ScaleByBlockKBFGSState:
+        def make(count: Any, held: Any, momentum: Any) -> ScaleByBlockKBFGSState:
             none = jnp.zeros((), jnp.int32)
             return ScaleByBlockKBFGSState(
-                count, held, momentum or {}, none, trust.init(_loss_dtype(held))
+                count, held, momentum, none, trust.init(_loss_dtype(held))
             )
 
         if is_placeholder(params):
+            names = [name for layer in given or () for name in layer.parameter_paths]
             return placeholder_state(
-                make, given, lambda layer: block_state.init(layer, jnp.float32)
+                lambda n, held: make(n, held, n if given is None else dict.fromkeys(names, n)),
+                given,
+                lambda layer: block_state.init(layer, jnp.float32),
             )
         check_sides = functools.partial(
             checks.check_sides, method="block K-BFGS", max_factor_dim=max_factor_dim

@@ -9,8 +9,11 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from kfqn_optax import block_bfgs, factors
+from kfqn_optax import block_bfgs, factors, pairs
+from kfqn_optax.block_bfgs import Taken
+from kfqn_optax.layer_state import COLUMNS
 from kfqn_optax.layers import Layer
 from kfqn_optax.options import Number, is_damping
 from kfqn_optax.pairs import matmul
@@ -25,8 +28,8 @@ class BlockState(NamedTuple):
         output: H_g, inverse of the damped mean Hessian at the outputs, [d_out, d_out].
         input_moment: A, running average of the second moment of the inputs, [d_in, d_in].
         stage: how many batches A has taken in, int32.
-        counts: since the start: pairs that entered the input factor and the output factor, output
-            pairs among them that Powell's damping changed, resets of either factor; int32, [4].
+        counts: how often what happened, since the start (`layer_state.COLUMNS`), int32; `health`
+            reads it. Each side offers q pairs a step; a reset is counted beside them.
     """
 
     input: jax.Array
@@ -44,7 +47,7 @@ def init(layer: Layer, dtype: Any) -> BlockState:
         output=jnp.eye(d_out, dtype=dtype),
         input_moment=jnp.zeros((d_in, d_in), dtype),
         stage=jnp.zeros((), jnp.int32),
-        counts=jnp.zeros(4, jnp.int32),
+        counts=jnp.zeros(len(COLUMNS), jnp.int32),
     )
     return layer.for_each_block(state)
 
@@ -81,9 +84,11 @@ def begin(
         S = matmul(jnp.where(usable, X, 0), H_a)
         Y = matmul(S, A) + root.astype(S.dtype) * S
         H_a, taken = block_bfgs.update(H_a, S, Y, powell, start.astype(S.dtype))
-        none = jnp.zeros((), jnp.int32)
-        counted = jnp.stack([taken.updated, none, none, taken.reset.astype(jnp.int32)])
-        return BlockState(H_a, H_g, A, state.stage + usable, state.counts + counted)
+        refusal = jnp.select(
+            [seen.rows == 0, ~usable], [pairs.NOT_MEASURED, pairs.NOT_FINITE], pairs.UPDATED
+        )
+        counts = state.counts + _counted("input_status", taken, refusal)
+        return BlockState(H_a, H_g, A, state.stage + usable, counts)
 
     return layer.over_blocks(of_one)(state, measured)
 
@@ -102,21 +107,50 @@ def learn(
     start = _start(root)
 
     def of_one(state, before, after, at: LayerStatistics, plus: LayerStatistics) -> BlockState:
-        usable = (at.rows > 0) & (plus.rows > 0) & is_damping(root) & (state.stage > 0)
+        known = (at.rows > 0) & (plus.rows > 0) & is_damping(root) & (state.stage > 0)
         x, x_plus = _sketches(layer, at), _sketches(layer, plus)
         S = factors.change_of_output(before, after, x.input, x_plus.input)
         change = x_plus.cotangent - x.cotangent
         # Of a step so short that cotangents change in their last digits only, nothing is learned.
         rounding = 100 * float(jnp.finfo(S.dtype).eps) * _lengths(x.cotangent)
-        usable &= _lengths(change) > rounding
+        size = _lengths(change)
+        told = size > rounding
+        is_number = told | jnp.isfinite(size + rounding + _lengths(S))
         Y = change + root.astype(S.dtype) * S
+        usable = (known & told)[:, None]
         S, Y = jnp.where(usable, S, 0), jnp.where(usable, Y, 0)
         H_g, taken = block_bfgs.update(state.output, S, Y, powell, start.astype(S.dtype))
-        none = jnp.zeros((), jnp.int32)
-        counted = jnp.stack([none, taken.updated, taken.damped, taken.reset.astype(jnp.int32)])
-        return state._replace(output=H_g, counts=state.counts + counted)
+        refusal = jnp.select(
+            [(at.rows == 0) | (plus.rows == 0), ~(known & is_number), ~told],
+            [pairs.NOT_MEASURED, pairs.NOT_FINITE, pairs.ROUNDING],
+            pairs.UPDATED,
+        )
+        counts = state.counts + _counted("output_status", taken, refusal)
+        return state._replace(output=H_g, counts=counts)
 
     return layer.over_blocks(of_one)(state, before, after, at, plus)
+
+
+def _counted(side: str, taken: Taken, refusal: jax.Array) -> jax.Array:
+    """What became of the q pairs of one side, int32 by `COLUMNS`.
+
+    Args:
+        side: "input_status" or "output_status".
+        taken: from `block_bfgs.update`.
+        refusal: why pairs were not offered to it, [q] or [] for all; `pairs.UPDATED` if they were.
+    """
+    offered = jnp.broadcast_to(refusal == pairs.UPDATED, taken.status.shape)
+    happened = {side: jnp.where(offered, taken.status, refusal)}
+    if side == "output_status":
+        happened |= {"powell_damped": taken.damped, "second_damped": offered}
+    fields = np.array([field for field, _ in COLUMNS])
+    values = np.array([value for _, value in COLUMNS], np.int32)
+    seen = jnp.full((len(offered), len(COLUMNS)), -1, jnp.int32)
+    for field, value in happened.items():
+        of_field = np.broadcast_to(fields == field, seen.shape)
+        seen = jnp.where(of_field, value[:, None].astype(jnp.int32), seen)
+    counted = jnp.sum(seen == values[None, :], axis=0, dtype=jnp.int32)
+    return counted + taken.reset * np.array((fields == side) & (values == pairs.RESET), np.int32)
 
 
 def _sketches(layer: Layer, seen: LayerStatistics) -> Sketches:
@@ -130,7 +164,7 @@ def _sketches(layer: Layer, seen: LayerStatistics) -> Sketches:
 
 
 def _lengths(rows: jax.Array) -> jax.Array:
-    return jnp.sqrt(jnp.sum(rows * rows, axis=-1, keepdims=True))
+    return jnp.sqrt(jnp.sum(rows * rows, axis=-1))
 
 
 def _start(root: jax.Array) -> jax.Array:

@@ -10,6 +10,7 @@ from kfqn_optax import inverse
 from kfqn_optax import layers as layers_lib
 from kfqn_optax.inverse import Factor
 from kfqn_optax.layers import Layer
+from kfqn_optax.lbfgs import Memory
 from kfqn_optax.options import Number
 
 
@@ -41,7 +42,7 @@ def precondition(
         By parameter path, in the dtype of the factors and the shapes of the parameters.
     """
 
-    def of_one(H_a: Factor, H_g: Factor, M: jax.Array) -> jax.Array:
+    def of_one(H_a: Factor, H_g: jax.Array | Memory, M: jax.Array) -> jax.Array:
         return inverse.apply_to_rows(H_g, inverse.apply(H_a, M))
 
     M = {layer: layers_lib.to_matrix(layer, gradients) for layer in layers}

@@ -8,8 +8,9 @@ import jax.core
 import numpy as np
 
 from kfqn_optax import pairs
+from kfqn_optax.block_rule import ScaleByBlockKBFGSState
 from kfqn_optax.layer_state import COLUMNS
-from kfqn_optax.summary import held_layers, table
+from kfqn_optax.summary import states_of_pairs, table
 
 _SKIPPED = "skipped: "
 _WORDS = {status: word.removeprefix(_SKIPPED) for status, word in pairs.STATUS_WORDS.items()}
@@ -26,7 +27,8 @@ class LayerHealth(NamedTuple):
             by reason, in the words of the table.
         output: the same of the output factor.
         powell_damped: how many output pairs Powell's damping changed.
-        second_damped: how many the second damping changed (with `kfqn`: all that were measured).
+        second_damped: how many the second damping changed (with `kfqn` and `block_kbfgs`: all that
+            were measured).
     """
 
     input: dict[str, np.ndarray]
@@ -36,7 +38,16 @@ class LayerHealth(NamedTuple):
 
 
 class Health(dict[str, LayerHealth]):
-    """What `health` returns: `LayerHealth` by layer path; ``print`` shows it as a table."""
+    """What `health` returns: `LayerHealth` by layer path; ``print`` shows it as a table.
+
+    Attributes:
+        measured_steps: how many steps of a length above 0 `block_kbfgs` measured at their end; 0
+            with the others, which take every step.
+        rejected_steps: how many of those it did not take, because the loss would have risen.
+    """
+
+    measured_steps: int = 0
+    rejected_steps: int = 0
 
     def totals(self) -> dict[str, int]:
         """Sums over all layers, blocks and sides.
@@ -63,9 +74,10 @@ class Health(dict[str, LayerHealth]):
         }
 
     def __str__(self) -> str:
-        """Two lines for each layer, or for each of its blocks, one a side."""
+        """Two lines for each layer, or for each of its blocks, one a side; and one of the steps."""
         rows = [row for path, layer in self.items() for row in _rows(path, layer)]
-        return table([_HEADER, *rows])
+        steps = f"\nsteps: {self.measured_steps} measured, {self.rejected_steps} of them not taken"
+        return table([_HEADER, *rows]) + (steps if self.measured_steps else "")
 
 
 def health(opt_state: Any) -> Health:
@@ -75,9 +87,14 @@ def health(opt_state: Any) -> Health:
     ``s.y <= 0`` there was nothing to learn (a learning rate of 0, a layer whose units are all
     dead); ``s.y too small for |s|``, next to nothing; ``not finite``, numbers were infinite, not
     numbers, or too large to be squared (in float32 above some 1e19); ``not measured``, the loss did
-    not depend on the layer; ``only rounding``, the mean gradient of the layer's outputs is zero.
-    ``Powell`` and ``second`` count the output pairs that each damping changed. Steps with
-    ``curvature_fn=None``, and those that ``optax.apply_if_finite`` rejects, are not counted.
+    not depend on the layer; ``only rounding``, the mean gradient of the layer's outputs is zero
+    (with `block_kbfgs`: its change is). ``Powell`` and ``second`` count the output pairs that each
+    damping changed. Steps with ``curvature_fn=None``, and those that ``optax.apply_if_finite``
+    rejects, are not counted.
+
+    `block_kbfgs` offers several pairs a step to each factor, and a factor that begins anew is
+    counted beside its pairs, where the others count the pair with which it begins. A last line says
+    how many steps were measured and not taken.
 
     Args:
         opt_state: state of `kbfgs`, or of anything that holds K-BFGS states (``optax.chain``,
@@ -88,20 +105,31 @@ def health(opt_state: Any) -> Health:
         A dict of `LayerHealth` by layer path, whose ``str`` is a table.
 
     Raises:
-        ValueError: if there is no state of `kbfgs`, `kbfgs_l` or `kfqn` in ``opt_state``, or one of
-            shapes only. (`kfac`, `tkfac` and `mbf` learn from no pairs.)
+        ValueError: if there is no state of `kbfgs`, `kbfgs_l`, `kfqn` or `block_kbfgs` in
+            ``opt_state``, or one of shapes only. (`kfac`, `tkfac` and `mbf` learn from no pairs.)
     """
-    return Health({path: _of_layer(path, layer) for path, layer in held_layers(opt_state).items()})
+    found = Health()
+    for state in states_of_pairs(opt_state):
+        found |= {path: _of_layer(path, layer) for path, layer in state.layers.items()}
+        if isinstance(state, ScaleByBlockKBFGSState):
+            found.measured_steps += int(_numbers("of the steps", state.trust.steps))
+            found.rejected_steps += int(_numbers("of the steps", state.trust.rejected))
+    return found
+
+
+def _numbers(of_what: str, counts: Any) -> np.ndarray:
+    (counts,) = jax.tree.leaves(counts)  # an nnx.Optimizer wraps it in a variable
+    if isinstance(counts, jax.core.Tracer) or not isinstance(counts, (jax.Array, np.ndarray)):
+        raise ValueError(
+            f"the counts {of_what} are not numbers but {counts}: pass health() a state with "
+            "values, outside of jax.jit and jax.eval_shape."
+        )
+    return np.asarray(counts, np.int64)
 
 
 def _of_layer(path: str, layer: Any) -> LayerHealth:
-    (counts,) = jax.tree.leaves(layer.counts)  # an nnx.Optimizer wraps it in a variable
-    if isinstance(counts, jax.core.Tracer) or not isinstance(counts, (jax.Array, np.ndarray)):
-        raise ValueError(
-            f"the counts of layer {path!r} are not numbers but {counts}: pass health() a state "
-            "with values, outside of jax.jit and jax.eval_shape."
-        )
-    columns = dict(zip(COLUMNS, np.moveaxis(np.asarray(counts, np.int64), -1, 0), strict=True))
+    counts = _numbers(f"of layer {path!r}", layer.counts)
+    columns = dict(zip(COLUMNS, np.moveaxis(counts, -1, 0), strict=True))
 
     def side(field: str) -> dict[str, np.ndarray]:
         return {word: columns[field, status] for status, word in _WORDS.items()}

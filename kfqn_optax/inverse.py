@@ -35,10 +35,8 @@ def apply(H: Factor, vectors: jax.Array) -> jax.Array:
     return lbfgs.apply(H, vectors) if isinstance(H, Memory) else bfgs.apply(H, vectors)
 
 
-def apply_to_rows(H: Factor, vectors: jax.Array) -> jax.Array:
+def apply_to_rows(H: jax.Array | Memory, vectors: jax.Array) -> jax.Array:
     """H times the rows of a matrix, [k, d]; H is symmetric."""
-    if isinstance(H, Diagonal):
-        return vectors * H.inverse[None, :]
     if isinstance(H, Memory):
         return lbfgs.apply_to_rows(H, vectors)
     return bfgs.apply_to_rows(H, vectors)

@@ -166,7 +166,7 @@ def check(
     if isinstance(value, (bool, str)) or value is None:
         raise TypeError(f"{name} must be a number {range_}, got {value!r}.")
     try:
-        shape, dtype = jnp.shape(value), jnp.result_type(value)
+        dtype, shape = jnp.result_type(value), jnp.shape(value)
     except (TypeError, ValueError) as error:
         raise TypeError(f"{name} must be a number {range_}, got {value!r}.") from error
     if shape != ():

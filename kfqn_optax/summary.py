@@ -10,7 +10,6 @@ import optax
 
 from kfqn_optax import inverse
 from kfqn_optax.block_rule import ScaleByBlockKBFGSState
-from kfqn_optax.layer_state import LayerState
 from kfqn_optax.layers import Layer, join, named_leaves, path_name
 from kfqn_optax.mbf_rule import ScaleByMBFState
 from kfqn_optax.mini_block import MiniBlockState
@@ -86,14 +85,13 @@ def summary(opt_state: Any, params: Any = None, layers: Iterable[Layer] | None =
     return table([_HEADER, *rows])
 
 
-def held_layers(opt_state: Any) -> dict[str, LayerState]:
-    """What K-BFGS and its kin keep of each layer, by path, wherever in an optimizer's state.
+def states_of_pairs(opt_state: Any) -> list[ScaleByKBFGSState | ScaleByBlockKBFGSState]:
+    """The states of K-BFGS and its kin, which learn from pairs, wherever in an optimizer's state.
 
     Raises:
-        ValueError: if there is no state of `kbfgs`, `kbfgs_l` or `kfqn` in ``opt_state``.
+        ValueError: if there is none in ``opt_state``.
     """
-    states = _states(opt_state, ScaleByKBFGSState)
-    return {path: layer for state in states for path, layer in state.layers.items()}
+    return _states(opt_state, ScaleByBlockKBFGSState, ScaleByKBFGSState)
 
 
 def _states(opt_state: Any, *kinds: type) -> list[Any]:

@@ -57,8 +57,12 @@ class Proposal(NamedTuple):
 
 def init(dtype: jnp.dtype) -> Trust:
     """Nothing measured yet."""
-    none = jnp.zeros((), jnp.int32)
-    return Trust(jnp.asarray(FIRST_RADIUS, dtype), jnp.ones((), dtype), none, none)
+    return Trust(
+        radius=jnp.asarray(FIRST_RADIUS, dtype),
+        kappa=jnp.ones((), dtype),
+        steps=jnp.zeros((), jnp.int32),  # not the same array as the next: states are donated
+        rejected=jnp.zeros((), jnp.int32),
+    )
 
 
 def propose(trust: Trust, slope: jax.Array, curvature: jax.Array, scale: jax.Array) -> Proposal:

@@ -12,7 +12,7 @@ from models import problem, relative
 from steps import D0, D1, batches_for, equal, layers_of, matrices, types
 
 import kfqn_optax as kfqn
-from kfqn_optax import block_bfgs, trust
+from kfqn_optax import block_bfgs, pairs, trust
 from kfqn_optax.sketch import signs
 
 PAIRS, PART = 3, 4
@@ -23,16 +23,29 @@ def make(lr=1.0, damping=0.1, **options):
 
 
 def step_of(tx, loss_fn):
-    """A step with curvature from the first examples; the gradient may be spoiled by a factor."""
+    """A step with curvature from the first examples.
+
+    The gradient, and how many rows the layers saw, may be spoiled by a factor.
+    """
 
     @jax.jit
-    def step(params, state, x, targets, spoil=1.0):
+    def step(params, state, x, targets, spoil, rows):
         grads = jax.tree.map(lambda g: g * spoil, jax.grad(loss_fn)(params, x, targets))
         fn = kfqn.curvature_fn(loss_fn, params, x[:PART], targets[:PART])
-        updates, state = tx.update(grads, state, params, curvature_fn=fn)
+
+        def seen(params, **asked):
+            measured = fn(params, **asked)
+            layers = {k: v._replace(rows=v.rows * rows) for k, v in measured.layers.items()}
+            return measured._replace(layers=layers)
+
+        updates, state = tx.update(grads, state, params, curvature_fn=seen)
         return updates, state
 
-    return step
+    def run(params, state, x, targets, spoil=1.0, rows=1.0):
+        return step(params, state, x, targets, spoil, rows)
+
+    run.compiled = step
+    return run
 
 
 @pytest.fixture(scope="module")
@@ -67,11 +80,19 @@ def test_against_numpy(lr):
         assert int(state.trust.rejected) == numpy.rejected, k
         params = optax.apply_updates(params, updates)
     assert 0 < numpy.rejected < steps / 2
-    counts = sum(layer.counts for layer in layers_of(state).values())
-    assert counts[0] > 0.98 * 2 * steps * PAIRS
-    assert counts[2:].tolist() == [numpy.powell_damped, 0]
-    assert numpy.powell_damped > 0
-    assert step._cache_size() == 1
+    health = kfqn.health(state)
+    for layer in health.values():
+        assert layer.input["updated"] > 0.98 * steps * PAIRS
+        for side in (layer.input, layer.output):
+            assert sum(side.values()) == steps * PAIRS
+            assert side["updated"] + side["only rounding"] + side["s.y <= 0"] == steps * PAIRS
+        assert layer.second_damped == layer.output["updated"]
+    assert health.totals()["powell_damped"] == numpy.powell_damped > 0
+    assert health.totals()["reset"] == 0
+    assert (health.measured_steps, health.rejected_steps) == (numpy.judged, numpy.rejected)
+    last = str(health).splitlines()[-1]
+    assert last == f"steps: {numpy.judged} measured, {numpy.rejected} of them not taken"
+    assert step.compiled._cache_size() == 1
 
 
 def test_a_refused_step_leaves_the_parameters(tiny):
@@ -116,6 +137,54 @@ def test_inputs_that_are_not_finite(tiny):
             equal(now.input_moment, held.input_moment)
         for H in (now.input, now.output):
             assert (np.linalg.eigvalsh(H) > 0).all()
+    before, counted = kfqn.health(state), kfqn.health(after)
+    assert counted[D0].input["not finite"] == PAIRS
+    for path in (D0, D1):
+        equal(counted[path].output, before[path].output | {"not finite": np.asarray(PAIRS)})
+        equal(counted[path].powell_damped, before[path].powell_damped)
+        equal(counted[path].second_damped, before[path].second_damped)
+
+
+def test_layers_that_are_not_reached(tiny):
+    """Both sides of every layer are kept, at the start and later, and counted as not measured."""
+    loss_fn, params, step = tiny
+    batches = list(batches_for(params, batch=12, count=2))
+    fresh = make().init(params)
+    for state in (fresh, step(params, fresh, *batches[0])[1]):
+        _, after = step(params, state, *batches[1], rows=0.0)
+        for path, held in layers_of(state).items():
+            equal(layers_of(after)[path]._replace(counts=held.counts), held)
+            before, counted = (kfqn.health(one)[path] for one in (state, after))
+            for side in ("input", "output"):
+                expected = getattr(before, side) | {"not measured": np.asarray(PAIRS)}
+                equal(getattr(counted, side), expected)
+
+
+def test_a_factor_that_is_lost_is_counted(tiny):
+    loss_fn, params, step = tiny
+    x, t = next(batches_for(params, batch=12))
+    _, state = step(params, make().init(params), x, t)
+    for side in ("input", "output"):
+        held = layers_of(state)[D0]
+        ruined = held._replace(**{side: -jnp.eye(len(getattr(held, side)))})
+        _, after = step(params, state._replace(layers=state.layers | {D0: ruined}), x, t)
+        health = kfqn.health(after)
+        assert getattr(health[D0], side)["reset: positive definiteness lost in rounding"] == 1
+        assert health.totals()["reset"] == 1
+        assert np.linalg.eigvalsh(getattr(layers_of(after)[D0], side))[0] > 0
+
+
+def test_a_step_of_last_digits_teaches_the_output_side_nothing(tiny):
+    loss_fn, params, step = tiny
+    x, t = next(batches_for(params, batch=12))
+    _, state = step(params, make().init(params), x, t)
+    state = state._replace(trust=state.trust._replace(radius=jnp.asarray(1e-32)))
+    updates, after = step(params, state, x, t)
+    assert 0 < optax.tree.norm(updates) < 1e-14
+    for path, held in layers_of(state).items():
+        equal(layers_of(after)[path].output, held.output)
+        before, counted = (kfqn.health(one)[path].output for one in (state, after))
+        equal(counted, before | {"only rounding": np.asarray(PAIRS)})
 
 
 @pytest.mark.parametrize("rate", [0.0, 0.03, 3.0])
@@ -141,6 +210,8 @@ def test_learning_rates(rate):
         equal(params, begin)
         for layer in layers_of(state).values():
             assert relative(layer.output, np.eye(len(layer.output)) / np.sqrt(0.03)) < 1e-6
+        for layer in kfqn.health(state).values():
+            assert layer.output["only rounding"] == 60 * PAIRS
     else:
         assert loss_fn(params, x, t) < 0.7 * before
 
@@ -212,30 +283,55 @@ def test_pairs_in_coordinates_are_pairs_in_turn(seed, log_s, log_y, powell):
     made, taken = update(*map(jnp.asarray, (H, S, Y)), powell, 1.0)
     for s, y in zip(S, Y, strict=True):
         H, _ = damped_bfgs(H, s, y, powell)
-    assert int(taken.updated) == q
+    np.testing.assert_array_equal(taken.status, np.full(q, pairs.UPDATED))
     assert not taken.reset
     assert relative(made, H) < 1e-6
     assert np.linalg.eigvalsh(made)[0] > 0
     np.testing.assert_array_equal(made, made.T)
 
 
-@pytest.mark.parametrize("bad", ["nan", "zero", "huge"])
-def test_pairs_that_are_of_no_use(bad):
+@pytest.mark.parametrize(
+    ("s", "y", "status"),
+    [
+        (1.0, np.nan, pairs.NOT_FINITE),
+        (np.inf, 1.0, pairs.NOT_FINITE),
+        (1.0, 0.0, pairs.NOT_POSITIVE),
+        (1e-150, 1e-150, pairs.TOO_SMALL),
+        (1.0, 1e300, pairs.NOT_FINITE),
+        (1e150, 1e150, pairs.NOT_FINITE),
+    ],
+)
+def test_pairs_that_are_of_no_use(s, y, status):
     """They are left out one by one."""
     rng = np.random.default_rng(0)
     H, S = np.eye(5), rng.normal(size=(3, 5))
     Y = 2 * S
-    Y[1] = {"nan": np.nan, "zero": 0.0, "huge": 1e300}[bad]
+    S[1], Y[1] = s * np.abs(S[1]), y
     made, taken = update(*map(jnp.asarray, (H, S, Y)), 0.2, 1.0)
     expected, others = update(*map(jnp.asarray, (H, S[[0, 2]], Y[[0, 2]])), 0.2, 1.0)
-    assert int(taken.updated) == 2
+    assert taken.status.tolist() == [pairs.UPDATED, status, pairs.UPDATED]
+    assert not taken.damped.any()
+    assert not taken.reset
     assert relative(made, expected) < 1e-12
 
 
-def test_a_factor_that_is_lost_starts_anew():
+def test_an_update_that_would_overflow_is_left_out_as_a_whole():
+    rng = np.random.default_rng(0)
+    H, S = np.eye(5), rng.normal(size=(3, 5))
+    Y = 2 * S
+    S[1], Y[0], Y[1] = 1e160 * np.abs(S[1]), -S[0], 1e-152
+    made, taken = update(*map(jnp.asarray, (H, S, Y)), 0.2, 1.0)
+    np.testing.assert_array_equal(made, H)
+    assert taken.status.tolist() == [pairs.NOT_FINITE] * 3
+    assert not taken.damped.any()
+    assert not taken.reset
+
+
+@pytest.mark.parametrize("ruin", [-1.0, np.nan])
+def test_a_factor_that_is_lost_starts_anew(ruin):
     rng = np.random.default_rng(0)
     S = rng.normal(size=(2, 4))
-    made, taken = update(-jnp.eye(4), jnp.asarray(S), jnp.asarray(3 * S), 0.2, 0.5)
+    made, taken = update(ruin * jnp.eye(4), jnp.asarray(S), jnp.asarray(3 * S), 0.2, 0.5)
     expected, _ = update(0.5 * jnp.eye(4), jnp.asarray(S), jnp.asarray(3 * S), 0.2, 0.5)
     assert bool(taken.reset)
     np.testing.assert_array_equal(made, expected)
@@ -274,11 +370,43 @@ def test_trust(radius, kappa, slope, curvature, before, rise, lr):
         assert float(new.radius) <= max(radius / 4, 1e-13 * before)
 
 
-@pytest.mark.parametrize("after", [np.nan, np.inf])
-def test_a_loss_that_is_not_finite(after):
+@pytest.mark.parametrize(
+    ("slope", "curvature"),
+    [
+        *((slope, 1) for slope in (np.inf, np.nan, 0, -1, 1e-160)),
+        *((1, curvature) for curvature in (np.inf, np.nan, 0, -1)),
+    ],
+)
+def test_a_direction_that_leads_nowhere(slope, curvature):
+    step = propose(trust.init(jnp.float64), jnp.float64(slope), jnp.float64(curvature), 1.0)
+    assert float(step.length) == float(step.squared) == 0
+
+
+@pytest.mark.parametrize(
+    ("before", "rise", "taken", "radius"),
+    [
+        (0.5, 0.9, True, 0.5),
+        (0.5, 1.0, True, 0.75),  # nothing but rounding is as predicted
+        (0.5, 1.09, True, 0.5 / 1.5),
+        (0.5, 1.11, False, 0.5 / 4),
+        (3.0, 1.11, False, 1.0 / 4),  # the step, to the minimum, is shorter than the radius
+        (1e-15, 1.11, False, 20 * np.finfo(float).eps),  # the rounding error of the loss, 2
+    ],
+)
+def test_a_step_is_taken_if_the_loss_rises_by_a_tenth_at_most(before, rise, taken, radius):
+    held = trust.init(jnp.float64)._replace(radius=jnp.asarray(before))
+    step = propose(held, *map(jnp.asarray, (1.0, 1.0, 1.0)))
+    accepted, new = judge(held, step, *map(jnp.asarray, (1.0, 2.0, 2.0 * rise)))
+    assert bool(accepted) == taken
+    assert float(new.radius) == pytest.approx(radius, abs=0)
+    assert int(new.rejected) == (not taken)
+
+
+@pytest.mark.parametrize(("slope", "after"), [(1, np.nan), (1, np.inf), (1, -np.inf), (np.nan, 2)])
+def test_a_loss_or_a_slope_that_is_not_finite(slope, after):
     held = trust.init(jnp.float32)
     step = propose(held, *map(jnp.float32, (1.0, 1.0, 1.0)))
-    accepted, new = judge(held, step, *map(jnp.float32, (1.0, 2.0, after)))
+    accepted, new = judge(held, step, *map(jnp.float32, (slope, 2.0, after)))
     assert not accepted
     assert new.kappa == held.kappa
     assert new.radius < held.radius

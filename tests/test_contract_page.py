@@ -130,11 +130,12 @@ def test_a_value_fn_that_takes_the_argument_allows_a_line_search():
 
 
 @pytest.mark.parametrize("given", [False, True], ids=["inferred", "given"])
-def test_map_params_gives_factors_to_transform_non_params(given):
+@pytest.mark.parametrize("method", ["kbfgs", "block_kbfgs", "kfac", "mbf"])
+def test_map_params_gives_factors_to_transform_non_params(method, given):
     """One by one if the layers were given, else all in one dictionary."""
     params = initial()
     layers = kfqn.find_layers(loss_fn, params, *BATCHES[0]) if given else None
-    tx = kfqn.scale_by_kbfgs(0.1, layers=layers)
+    tx = getattr(kfqn, f"scale_by_{method}")(0.1, layers=layers)
     state, seen = tx.init(params), []
 
     def note(rest):
@@ -142,7 +143,13 @@ def test_map_params_gives_factors_to_transform_non_params(given):
         return rest
 
     close(optax.tree.map_params(tx, None, state, transform_non_params=note), state, "states")
-    expected = jax.tree.leaves(state) if given else [state.count, state.layers]
+    whole = {"layers", "momentum"}  # dictionaries, of which nothing is known without layers
+    expected = jax.tree.leaves(state)
+    if not given:
+        fields = state._asdict().items()
+        expected = [
+            v for k, part in fields for v in ([part] if k in whole else jax.tree.leaves(part))
+        ]
     assert jax.tree.structure(seen) == jax.tree.structure(expected)
 
 
@@ -152,9 +159,10 @@ def test_a_container_without_leaves_is_no_placeholder():
         assert tx.init(params).layers == {}
 
 
-def test_gradients_without_layers_for_a_loss_with_layers():
+@pytest.mark.parametrize("method", [kfqn.kbfgs, kfqn.kfac])
+def test_gradients_without_layers_for_a_loss_with_layers(method):
     """A tree with other parameters is refused, a part of the same parameters is not."""
-    tx, params, fn = kfqn.kbfgs(0.1), initial(), kfqn.curvature_fn(loss_fn, initial(), *BATCHES[0])
+    tx, params, fn = method(0.1), initial(), kfqn.curvature_fn(loss_fn, initial(), *BATCHES[0])
     scale = {"params": {"Dense_0": optax.MaskedNode(), "scale": params["params"]["scale"]}}
     tx.update(scale, tx.init(scale), scale, curvature_fn=fn)
     other = {"w": jnp.ones(2)}

@@ -134,8 +134,12 @@ def test_warm_keeps_the_states_dtype():
 
 @pytest.mark.parametrize("start", [layer_state.init(LAYER, jnp.float64, OPTIONS), running()])
 def test_a_batch_that_does_not_reach_the_layer_or_is_not_finite_begins_nothing(start):
-    poisoned = statistics(0)._replace(input_moment=jnp.full((4, 4), jnp.nan))
-    for measured in [statistics(0, rows=0), poisoned, None]:
+    signs = jnp.array([1.0, -1.0, 1.0, -1.0])  # rows whose sum is 0
+    poisoned, huge = (
+        statistics(0)._replace(input_moment=moment)
+        for moment in (jnp.full((4, 4), jnp.nan), 1e200 * signs[:, None] * signs[None, :])
+    )
+    for measured in [statistics(0, rows=0), poisoned, huge, None]:
         same(begin(start, measured), start, *LayerState._fields)
 
 
@@ -213,6 +217,28 @@ def test_each_side_is_guarded_by_itself(value):
     new = call(everything, statistics(1))
     same(new, running(), "input", "output", "s", "y")
     assert int(new.output_status) == int(new.input_status) == pairs.NOT_FINITE
+    new = call(statistics(0)._replace(input_moment=jnp.full((4, 4), value)), statistics(1))
+    same(new, running(), "input")
+    assert int(new.input_status) == pairs.NOT_FINITE
+    same(new, plain, "output", "s", "y")
+
+
+def test_an_input_factor_that_has_not_begun_learns_nothing():
+    weights, step = np.random.default_rng(0).normal(size=(2, 4, 3))
+    waiting = running()._replace(stage=jnp.full((), EMPTY, jnp.int32))
+    new = learn(waiting, statistics(0), statistics(1), weights, step, OPTIONS)
+    same(new, waiting, "input", "stage")
+    assert int(new.input_status) == pairs.NOT_FINITE
+
+
+@pytest.mark.parametrize(("at", "plus"), [(0, 0), (0, 9), (9, 0), (9, 9)])
+def test_only_rounding_at_both_ends_is_refused_for_it(at, plus):
+    """A mean cotangent below its rounding error at one end alone has changed."""
+    new = call(
+        statistics(0)._replace(cotangent_noise=jnp.asarray(float(at))),
+        statistics(1)._replace(cotangent_noise=jnp.asarray(1.0 * plus)),
+    )
+    assert int(new.output_status) == (pairs.ROUNDING if at and plus else pairs.UPDATED)
 
 
 def test_sums_that_are_not_numbers_are_called_so():
@@ -229,6 +255,25 @@ def test_the_tolerance_decides():
     same(new, running(), "input", "output")
     assert int(new.output_status) == int(new.input_status) == pairs.TOO_SMALL
     same(new, call(statistics(0), statistics(1)), "s", "y")  # the averages go on
+
+
+def test_the_tolerance_is_relative_to_what_the_side_sees():
+    """A mean cotangent that is large and hardly changes; a mean input, and a factor so small."""
+    shift = 1e8 * jnp.ones(3)
+    new = call(
+        *(
+            one._replace(cotangent_mean=one.cotangent_mean + shift)
+            for one in map(statistics, (0, 1))
+        )
+    )
+    assert int(new.output_status) == pairs.TOO_SMALL
+    assert int(new.input_status) == pairs.UPDATED
+
+    weights, step = np.random.default_rng(0).normal(size=(2, 4, 3))
+    small = running()._replace(input=1e-6 * jnp.eye(4))
+    large = statistics(0)._replace(input_mean=1e6 * statistics(0).input_mean)
+    new = learn(small, large, statistics(1), weights, step, OPTIONS)
+    assert int(new.input_status) == pairs.TOO_SMALL
 
 
 def test_a_ruined_factor_is_reset_by_itself():

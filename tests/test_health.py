@@ -43,7 +43,9 @@ WRAPPERS = {
 
 
 @pytest.mark.parametrize("wrapper", WRAPPERS)
-@pytest.mark.parametrize("method", [kfqn.kbfgs, kfqn.kbfgs_l, kfqn.kfqn, kfqn.scale_by_kbfgs])
+@pytest.mark.parametrize(
+    "method", [kfqn.kbfgs, kfqn.kbfgs_l, kfqn.kfqn, kfqn.scale_by_kbfgs, kfqn.block_kbfgs]
+)
 def test_found_in_any_state(wrapper, method):
     _, params, *_ = problem()
     health = kfqn.health(counted(WRAPPERS[wrapper](method(0.1)).init(params)))
@@ -157,11 +159,25 @@ def test_totals():
     }  # fmt: skip
 
 
-def test_an_nnx_optimizer():
+@pytest.mark.parametrize("method", [kfqn.kbfgs, kfqn.block_kbfgs])
+def test_an_nnx_optimizer(method):
     model = nnx.Linear(3, 2, rngs=nnx.Rngs(0))
-    optimizer = nnx.Optimizer(model, kfqn.kbfgs(0.1), wrt=nnx.Param)
-    (layer,) = kfqn.health(optimizer.opt_state).values()
-    assert layer.output["updated"] == 0
+    optimizer = nnx.Optimizer(model, method(0.1), wrt=nnx.Param)
+    health = kfqn.health(optimizer.opt_state)
+    (layer,) = health.values()
+    assert layer.output["updated"] == health.measured_steps == health.rejected_steps == 0
+
+
+def test_steps_that_were_not_taken():
+    """Those of all states of `block_kbfgs` together; a line of their own, if there are any."""
+    params = problem()[1]
+    state = kfqn.block_kbfgs().init(params)
+    assert "steps" not in str(kfqn.health(state))
+    trust = optax.tree.get(state, "trust")._replace(steps=jnp.int32(5), rejected=jnp.int32(2))
+    state = optax.tree.set(state, trust=trust)
+    health = kfqn.health((state, state, kfqn.kbfgs(0.1).init(params)))
+    assert (health.measured_steps, health.rejected_steps) == (10, 4)
+    assert str(health).splitlines()[-1] == "steps: 10 measured, 4 of them not taken"
 
 
 @pytest.mark.parametrize("inside", [jax.jit, jax.eval_shape], ids=["jit", "shapes"])
@@ -181,7 +197,7 @@ def test_a_state_without_numbers(inside):
 def test_a_state_that_is_not_ours():
     params = {"kernel": jnp.ones((2, 2))}
     for tx in (optax.adam(0.1), kfqn.kfac(0.1)):
-        message = "opt_state holds no state of kbfgs, kbfgs_l or kfqn: pass what"
+        message = "opt_state holds no state of block_kbfgs, kbfgs, kbfgs_l or kfqn: pass what"
         with pytest.raises(ValueError, match=message):
             kfqn.health(tx.init(params))
 

@@ -142,8 +142,8 @@ def test_a_room_imports_only_rooms_above_it():
             "options", "layers", "layer_state", "statistics", "packed", "pairs", "bfgs", "lbfgs",
             "inverse", "intake",
         },
-        "direction": {"options", "layers", "inverse"},
-        "health": {"pairs", "layer_state", "summary"},
+        "direction": {"options", "layers", "inverse", "lbfgs"},
+        "health": {"block_rule", "pairs", "layer_state", "summary"},
         "moments": {"options", "layers", "layer_state", "bfgs", "inverse", "statistics"},
         "sampling": set(),
         "natural": {
@@ -157,7 +157,9 @@ def test_a_room_imports_only_rooms_above_it():
         },
         "sketch": set(),
         "block_bfgs": {"options", "pairs"},
-        "block_state": {"block_bfgs", "factors", "layers", "options", "pairs", "statistics"},
+        "block_state": {
+            "block_bfgs", "factors", "layer_state", "layers", "options", "pairs", "statistics",
+        },
         "trust": set(),
         "block_rule": {
             "block_state", "checks", "direction", "layers", "optimizer", "options", "statistics",

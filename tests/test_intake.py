@@ -31,6 +31,21 @@ def test_each_layer_gets_the_inverse_of_its_own_matrix():
     np.testing.assert_array_equal(made["e"], states["e"].input)
 
 
+def test_a_warm_start_that_is_not_stored_comes_before_the_batch():
+    """It lies in the factor's place, and the first batch does not enter; without it, that does."""
+    options, rng = Options(0.1, matrix_free=True), np.random.default_rng(0)
+    layers = [dense(path, (3, 2), bias=False) for path in ("warm", "cold")]
+    A, batch = (jnp.asarray(x @ x.T) for x in rng.normal(size=(2, 3, 5)))
+    states = {layer.path: layer_state.init(layer, jnp.float64, options) for layer in layers}
+    states["warm"] = layer_state.warm(states["warm"], A, jnp.ones(()))
+    begun = {path: state._replace(stage=jnp.asarray(RUNNING)) for path, state in states.items()}
+    moments = {path: batch for path in states}
+    made, _ = intake.start(layers, states, begun, moments, options, jnp.sqrt(0.3))
+    for path, moment in {"warm": A, "cold": batch}.items():
+        expected = np.linalg.inv(np.asarray(moment) + np.sqrt(0.3) * np.eye(3))
+        assert relative(made[path], expected) < 1e-10, path
+
+
 @given(st.lists(st.tuples(st.integers(1, 4), st.integers(1, 3000)), min_size=1, max_size=12))
 def test_padding_costs_at_most_three_times_the_inverses(sizes):
     shapes = {str(i): size for i, size in enumerate(sizes)}

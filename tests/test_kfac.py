@@ -226,9 +226,9 @@ def test_kfac_inverts_the_counts_of_an_embedding():
 
 def test_an_embedding_is_refused_by_name():
     _, params, _, layers = embedding_layer()
-    for tx in (kfqn.scale_by_tkfac(0.1, layers=layers), kfqn.scale_by_mbf(0.1, layers=layers)):
+    for make in (kfqn.scale_by_tkfac, kfqn.scale_by_mbf, kfqn.scale_by_block_kbfgs):
         with pytest.raises(ValueError, match="layer 'params' is an embedding.*layers="):
-            tx.init(params)
+            make(0.1, layers=layers).init(params)
 
 
 def test_long_sides_are_refused_by_name(small):

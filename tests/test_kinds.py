@@ -319,16 +319,39 @@ def test_embedding_tied_to_the_output():
     assert float(measured.rows) == 20  # not 40
 
 
+class TiedBackwards(nn.Module):
+    """An embedding that is an output layer first."""
+
+    @nn.compact
+    def __call__(self, x):
+        embed = nn.Embed(7, 4, **F64)
+        return embed.attend(x), embed(jnp.zeros(3, int))
+
+
+def test_an_embedding_that_is_looked_up_after_it_was_an_output_layer():
+    x = image(5, 4)
+    params = TiedBackwards().init(jax.random.key(0), x)
+
+    def loss_fn(params, x):
+        return sum(jnp.sum(out**2) for out in TiedBackwards().apply(params, x)) / 4
+
+    (layer,) = kfqn.find_layers(loss_fn, params, x)
+    assert (layer.kind, layer.lookup) == ("attend", False)
+
+
 def test_an_embedding_is_inverted_exactly():
     _, loss_fn, params, x = setup("embed")
     layers = kfqn.find_layers(loss_fn, params, x)
-    tx = kfqn.scale_by_kbfgs(0.1, 0.25, layers=layers)
+    # The damping of the last step is no number, and what it would make is not taken.
+    tx = kfqn.scale_by_kbfgs(0.1, lambda k: jnp.where(k == 2, jnp.nan, 0.25), layers=layers)
     state = tx.init(params)
     assert isinstance(layers[0], kfqn.Layer)
     assert layers[0].lookup
     step = step_of(tx, loss_fn)
-    for _ in range(2):
+    for _ in range(3):
         _, state, _ = step(params, state, x)
+    assert int(state.layers["params"].input_status) == pairs.NOT_FINITE
+    assert "7 diagonal and 4^2" in kfqn.summary(state, params)
     counts = np.bincount(np.asarray(x).ravel(), minlength=7) / 4
     held = state.layers["params"]
     assert relative(held.input_moment, counts) < 1e-12

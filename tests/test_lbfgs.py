@@ -115,6 +115,7 @@ def test_a_refused_pair_leaves_every_bit(reason, count):
         ([1e20, -1e20, 0.0], [1e-20, -1e-20, 0.0]),  # the same, invisible to a sum over the rows
         ([1e-15, 0.0, 0.0], [1e-15, 1e30, 0.0]),  # y s^T / s.y holds 1e45
         ([1e20, 0.0, 0.0], [1e20, 0.0, 0.0]),  # s.y itself
+        ([1.0, 0.0, 0.0], [2.0**126] * 3),  # y.q of H times (1, -1, -1)
         ([1.0, 0.0, 0.0], [1.0, np.inf, 0.0]),
         ([np.nan, 0.0, 0.0], [1.0, 0.0, 0.0]),
     ],
@@ -134,6 +135,7 @@ def test_a_pair_that_would_overflow_is_refused(s, y, count):
         (jnp.float32, 1.0, 280.0, pairs.UPDATED),
         (jnp.float32, 1.0, 300.0, pairs.RESET),  # 90,000 is more than 84,000
         (jnp.float32, 10.0, 300.0, pairs.UPDATED),
+        (jnp.float32, 10.0, 1500.0, pairs.UPDATED),  # 22,500, and s.y asks for 0.1 along s
         (jnp.float32, 0.1, 90.0, pairs.UPDATED),  # 810,000, where s.y asks for 10 along s
         (jnp.float32, 0.1, 95.0, pairs.RESET),
         (jnp.float64, 1.0, 6e6, pairs.UPDATED),
@@ -162,15 +164,22 @@ def test_a_factor_that_rounding_would_take_is_emptied(dtype, sy, across, status,
 
 def test_a_pair_that_stretches_what_earlier_pairs_made():
     """Neither pair by itself is too much; the second stands on the first."""
-    s, y = np.array([[1.0, 0, 0], [0, 1, 0]]), np.array([[1.0, 100, 0], [0, 1, 10]])
+    s, y = np.array([[1.0, 0, 0], [0, 1, 0]]), np.array([[1.0, 10, 0], [0, 1, 100]])
     first, second = (Pair(jnp.float32(a), jnp.float32(b)) for a, b in zip(s, y, strict=True))
     H, status = update(lbfgs.init(3, 4, jnp.float32), second, UPDATED)
     assert int(status) == pairs.UPDATED
-    H, status = update(H, first, UPDATED)  # y.Hy is some 100^2 (1 + 10^2)
+    H, status = update(H, first, UPDATED)  # y.Hy is some 10^2 (1 + 100^2)
     assert int(status) == pairs.RESET
     assert not np.any(H.s)
     H, _ = update(lbfgs.init(3, 4, jnp.float32), first, UPDATED)
     assert int(update(H, second, UPDATED)[1]) == pairs.UPDATED
+    # Of what the second stretches, all is along the s of the first.
+    first, second = (
+        Pair(*jnp.float32([[1, 0, 0]] * 2)),
+        Pair(*jnp.float32([[0, 1, 0], [300, 1, 0]])),
+    )
+    H, _ = update(lbfgs.init(3, 4, jnp.float32), first, UPDATED)
+    assert int(update(H, second, UPDATED)[1]) == pairs.RESET
 
 
 @pytest.mark.parametrize("scale", [1e-15, 1e-6, 1e6, 1e15])

@@ -241,6 +241,16 @@ def test_inject_hyperparams(make, static):
     close(*updates, rtol=1e-10)
 
 
+@pytest.mark.parametrize(
+    "name", ["kbfgs", "kbfgs_l", "kfqn", "block_kbfgs", "kfac", "tkfac", "mbf"]
+)
+def test_no_two_arrays_of_a_new_state_are_one(name):
+    """XLA refuses to take the same buffer twice from a caller who gives the state away."""
+    leaves = jax.tree.leaves(getattr(kfqn, name)(0.1, 0.1).init(problem()[1]))
+    addresses = [leaf.unsafe_buffer_pointer() for leaf in leaves]
+    assert len(set(addresses)) == len(addresses)
+
+
 def test_a_traced_memory_size_is_refused_in_words():
     _, params, *_ = problem()
 

@@ -41,6 +41,24 @@ class NnxAttend(nnx.Module):
         return self.embed.attend(query=x)
 
 
+class NnxTied(nnx.Module):
+    """An embedding that is table and output layer."""
+
+    def __init__(self):
+        self.embed = nnx.Embed(7, 4, rngs=rngs(), **F64)
+        self.hidden = nnx.Linear(4, 4, rngs=rngs(), **F64)
+
+    def __call__(self, ids):
+        return self.embed.attend(jnp.tanh(self.hidden(self.embed(ids))))
+
+
+class Tied(nn.Module):
+    @nn.compact
+    def __call__(self, ids):
+        embed = nn.Embed(7, 4, **F64, name="embed")
+        return embed.attend(jnp.tanh(nn.Dense(4, **F64, name="hidden")(embed(ids))))
+
+
 PAIRS = {
     "dense": (nn.Dense(3, **F64), lambda: nnx.Linear(5, 3, rngs=rngs(), **F64), image(6, 5)),
     "conv": (
@@ -65,6 +83,7 @@ PAIRS = {
     ),
     "embed": (nn.Embed(7, 4, **F64), lambda: nnx.Embed(7, 4, rngs=rngs(), **F64), tokens(5)),
     "attend": (Attend(), NnxAttend, image(6, 4)),
+    "tied": (Tied(), NnxTied, tokens(5)),
 }
 
 
@@ -194,3 +213,21 @@ def test_a_normalized_kernel_is_no_layer():
     )
     layers = kfqn.find_nnx_layers(lambda m, x: jnp.mean(m(x) ** 2), model, jnp.ones((4, 5)))
     assert [layer.path for layer in layers] == ["layers/1"]
+
+
+def test_a_stack_whose_axis_no_shape_tells():
+    """Three layers of size 3 x 3 under nnx.scan: the loss is traced again to find the axis."""
+
+    class Stack(nnx.Module):
+        def __init__(self):
+            make = nnx.vmap(lambda rngs: nnx.Linear(3, 3, rngs=rngs, **F64), in_axes=0)
+            self.layers = make(nnx.Rngs(0).split(3))
+
+        def __call__(self, x):
+            run = nnx.scan(
+                lambda x, layer: jnp.tanh(layer(x)), in_axes=(nnx.Carry, 0), out_axes=nnx.Carry
+            )
+            return run(x, self.layers)
+
+    (layer,) = kfqn.find_nnx_layers(lambda m, x: jnp.mean(m(x) ** 2), Stack(), image(3))
+    assert (layer.path, layer.blocks, layer.d_in, layer.d_out) == ("layers", 3, 4, 3)

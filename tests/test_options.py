@@ -18,6 +18,7 @@ import kfqn_optax as kfqn
         ({"learning_rate": None}, TypeError, "learning_rate must be a number"),
         ({"learning_rate": np.ones(3)}, ValueError, r"one number, got an array of shape \(3,\)"),
         ({"learning_rate": 1j}, TypeError, "learning_rate must be a real number"),
+        ({"learning_rate": object()}, TypeError, "learning_rate must be a number at least 0, got"),
         ({"learning_rate": True}, TypeError, "learning_rate must be a number"),
         ({"damping": 0.0}, ValueError, "damping must be above 0, got 0"),
         ({"damping": -1}, ValueError, "damping must be above 0, got -1"),

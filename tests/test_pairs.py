@@ -1,5 +1,7 @@
 """Damping reaches its bounds exactly, in every branch, and never divides by nothing."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -131,6 +133,7 @@ def test_no_change_gives_no_nan(dtype):
         ([1.0, 0.0], [0.0, 1.0], 1.0, pairs.NOT_POSITIVE),
         ([1.0, 0.0], [1e-5, 0.0], 1.0, pairs.TOO_SMALL),
         ([1.0, 0.0], [1e-5, 0.0], 0.01, pairs.UPDATED),
+        ([10.0, 0.0], [5e-4, 0.0], 1.0, pairs.TOO_SMALL),  # s.y = 5e-3, for |s|^2 = 100
         ([1.0, 0.0], [np.nan, 0.0], 1.0, pairs.NOT_FINITE),
         ([1.0, 0.0], [np.inf, 0.0], 1.0, pairs.NOT_FINITE),
         ([1.0, 0.0], [1.0, 0.0], np.inf, pairs.NOT_FINITE),
@@ -178,8 +181,17 @@ def test_a_pair_whose_curvature_overflows_is_refused(s, y):
     assert not bool(by_powell)
 
 
-@pytest.mark.parametrize("mu", [1.01, 3.0, 30.0])
-@pytest.mark.parametrize("gap", [1e-3, -1e-3, 0.5])
+def test_the_shift():
+    pair = Pair(jnp.array([1.0, 2.0]), jnp.array([3.0, -4.0]))
+    after = pairs.damp_shift(pair, 0.5)
+    np.testing.assert_array_equal(after.s, pair.s)
+    np.testing.assert_array_equal(after.y, [3.5, -3.0])
+
+
+@pytest.mark.parametrize(
+    ("mu", "gap"),
+    [*itertools.product([1.01, 3.0, 30.0], [1e-3, -1e-3, 0.5]), (1.0, 1e-9), (1 - 1e-9, 5e-9)],
+)
 def test_the_second_damping_leaves_y_short_where_its_weights_would_not(mu, gap):
     """y gets the multiple of s that lacks, and no more, however close s.y is to |s|^2."""
     s, y = jnp.array([1.0, 0.0]), jnp.array([1 - gap, 2.0])

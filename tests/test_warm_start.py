@@ -77,6 +77,13 @@ def test_the_first_step_inverts_it_and_keeps_its_own_batch_out():
         assert relative(layer.input_moment, averaged) < 1e-12
 
 
+def test_factors_that_keep_pairs_have_nothing_to_start_from():
+    loss_fn, params, *_ = problem()
+    before = kfqn.kfqn(0.1, input_memory=2).init(params)
+    after = kfqn.warm_start(before, loss_fn, params, batches_of([4]))
+    jax.tree.map(np.testing.assert_array_equal, after, before)
+
+
 def optimizers():
     plain = kfqn.kbfgs(0.1)
     yield "scale_by_kbfgs", kfqn.scale_by_kbfgs(0.1)

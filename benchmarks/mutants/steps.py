@@ -8,7 +8,7 @@ _MEAN = "tests/test_faults.py::test_mean_input"
 _MOMENT = "tests/test_faults.py::test_second_moment"
 _DAMPING = "tests/test_faults_of_data.py::test_a_schedule_of_damping_that_fails"
 _KFQN = "tests/test_methods.py::test_kfqn_against_the_reference"
-_WARM = "tests/test_methods.py::test_warm_start_then_a_step_without_curvature"
+_LIMITED = "tests/test_faults.py::test_gradient_under_a_limit_on_the_step"
 _NOISE = "tests/test_kinds.py::test_the_key_projection_has_no_mean_cotangent"
 _EMBEDDING = "tests/test_kinds.py::test_an_embedding_is_inverted_exactly"
 
@@ -51,7 +51,7 @@ STEPS = (
     ),
     _intake("jnp.sum(jnp.abs(moment), axis=-1) if matrix", "jnp.sum(moment, axis=-1) if matrix"),
     _intake("(begun.stage != EMPTY) & (state.stage != RUNNING)", "(begun.stage != EMPTY)"),
-    _intake("A = jnp.where(stage == WARM, held, batch)", "A = batch", _WARM),
+    _intake("A = jnp.where(stage == WARM, held, batch)", "A = batch", "tests/test_intake.py"),
     _intake(
         "first = starts(states[path], begun[path]) & is_damping(damping)",
         "first = starts(states[path], begun[path])",
@@ -158,6 +158,6 @@ STEPS = (
     _direction("learning_rate**2 * sum", "learning_rate * sum"),
     _direction("squared > limit", "squared < limit"),
     _direction("jnp.sqrt(limit / jnp.where", "(limit / jnp.where"),
-    _direction("scale = jnp.where(jnp.isfinite(squared), scale, 0)", ""),
+    _direction("scale = jnp.where(jnp.isfinite(squared), scale, 0)", "", _LIMITED),
     _direction("jnp.vdot(M[layer], P[layer])", "jnp.vdot(P[layer], P[layer])"),
 )

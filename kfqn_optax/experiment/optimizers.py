@@ -72,7 +72,7 @@ def _block_kbfgs(config: Config, layers: Layers) -> Optimizer:
     transformation = kfqn.block_kbfgs(
         **_common(config, layers), factor_decay=config.factor_decay, powell=config.powell
     )
-    return Optimizer(transformation, takes_curvature=True)
+    return Optimizer(transformation, takes_curvature=True, learns_pairs=True)
 
 
 def _kfac(config: Config, layers: Layers) -> Optimizer:

@@ -126,6 +126,15 @@ def test_data_that_cannot_be_had(tmp_path, monkeypatch, capsys, kind):
     assert not (tmp_path / "run").exists()
 
 
+def test_an_interrupt_before_training(tmp_path, monkeypatch, capsys):
+    def load_dataset(config):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train, "load_dataset", load_dataset)
+    assert _train(*_small(tmp_path / "run")) == 130
+    assert _sentence(capsys) == "kfqn-train: interrupted; what is written is kept."
+
+
 def test_fault_of_the_program_keeps_its_traceback(tmp_path, tiny_curves, monkeypatch):
     def fail(*_):
         raise ValueError("shapes do not match")

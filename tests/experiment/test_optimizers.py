@@ -67,11 +67,13 @@ OWN = {
     "kbfgs": {"factor_decay": 0.13},
     "kbfgs_l": {"factor_decay": 0.13, "memory_size": 7},
     "kfqn": {"split": "sqrt"},
+    "block_kbfgs": {"factor_decay": 0.13},
     "kfac": {"factor_decay": 0.13, "inverse_every": 19},
     "tkfac": {"factor_decay": 0.13, "inverse_every": 19},
     "mbf": {"factor_decay": 0.13, "inverse_every": 19},
 }
 LACKING = {name: {"pair_decay", "powell"} for name in ("kfac", "tkfac")}
+LACKING["block_kbfgs"] = {"pair_decay", "norm_constraint"}
 LACKING["mbf"] = {"pair_decay", "powell", "norm_constraint"}
 
 
@@ -82,7 +84,8 @@ def test_kbfgs_and_its_kin_get_every_number(monkeypatch, name):
     config = tiny.config(optimizer=name, **NUMBERS, **OWN[name])
     made = optimizers.make_optimizer(config, lambda: ("the layers",))
     assert made.takes_curvature == (name != "mbf")
-    assert made.warm_starts == (name not in ("kfqn", "mbf"))
+    assert made.warm_starts == (name not in ("kfqn", "block_kbfgs", "mbf"))
+    assert made.learns_pairs == (name in ("kbfgs", "kbfgs_l", "kfqn", "block_kbfgs"))
     assert made.draws_targets == (name in ("kfac", "tkfac"))
     config.norm_constraint = 0.0
     optimizers.make_optimizer(config)

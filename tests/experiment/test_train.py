@@ -37,7 +37,7 @@ def _lines(workdir):
 
 @pytest.mark.parametrize(
     ("optimizer", "learning_rate"),
-    [("kbfgs", 0.3), ("adam", 0.03), ("sgdm", 0.1), ("rmsprop", 0.02)],
+    [("kbfgs", 0.3), ("block_kbfgs", 1.0), ("adam", 0.03), ("sgdm", 0.1), ("rmsprop", 0.02)],
 )
 def test_each_optimizer_learns(tmp_path, optimizer, learning_rate):
     config = tiny.config(optimizer=optimizer, learning_rate=learning_rate, epochs=15)
@@ -45,6 +45,8 @@ def test_each_optimizer_learns(tmp_path, optimizer, learning_rate):
     assert history[0]["train_loss"] > 8.3
     assert history[-1]["train_loss"] < 4.4
     assert history[-1]["test_mse"] < 0.05 * history[0]["test_mse"]
+    if optimizer == "block_kbfgs":  # eight pairs a step, two layers with two sides, sixty steps
+        assert 0.9 * 8 * 4 * 60 < history[-1]["pairs_updated"] <= 8 * 4 * 60
 
 
 def test_files_of_a_run(tmp_path, monkeypatch):

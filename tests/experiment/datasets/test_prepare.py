@@ -102,6 +102,15 @@ def test_another_process_is_faster(tiny_curves, monkeypatch):
     assert datasets.load("curves").train.shape == (30, 784)
 
 
+def test_a_disk_that_is_full(tiny_curves, monkeypatch):
+    def download_and_prepare(self, **kwargs):
+        raise OSError("no space left")
+
+    monkeypatch.setattr(curves_builder.KfqnCurves, "download_and_prepare", download_and_prepare)
+    with pytest.raises(OSError, match="no space left"):
+        datasets.load("curves")
+
+
 def test_incomplete_folder(tiny_curves, tfds_folder):
     datasets.load("curves")
     folder = tfds_folder / "kfqn_curves" / "1.0.0"

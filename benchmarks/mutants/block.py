@@ -1,0 +1,85 @@
+"""Mistakes in block K-BFGS: its updates, the length of its steps, its sketches."""
+
+from benchmarks.mutants.mutant import in_file
+
+_IN_TURN = "tests/test_block.py::test_pairs_in_coordinates_are_pairs_in_turn"
+_NO_USE = "tests/test_block.py::test_pairs_that_are_of_no_use"
+_FITS = "tests/test_block.py::test_an_update_that_would_overflow_is_left_out_as_a_whole"
+_LOST = "tests/test_block.py::test_a_factor_that_is_lost_starts_anew"
+_BOUNDS = "tests/test_block.py::test_trust"
+_NOWHERE = "tests/test_block.py::test_a_direction_that_leads_nowhere"
+_RISE = "tests/test_block.py::test_a_step_is_taken_if_the_loss_rises_by_a_tenth_at_most"
+_LOSS = "tests/test_block.py::test_a_loss_or_a_slope_that_is_not_finite"
+_PARABOLA = "tests/test_block.py::test_kappa_finds_the_curvature_of_a_parabola"
+_NUMPY = "tests/test_block.py::test_against_numpy[1.0]"
+_RATE = "tests/test_block.py::test_against_numpy[2.5]"
+_INPUTS = "tests/test_block.py::test_inputs_that_are_not_finite"
+_REACHED = "tests/test_block.py::test_layers_that_are_not_reached"
+_DIGITS = "tests/test_block.py::test_a_step_of_last_digits_teaches_the_output_side_nothing"
+_COUNTED = "tests/test_block.py::test_a_factor_that_is_lost_is_counted"
+_SIGNS = "tests/test_block.py::test_signs"
+_STACK = "tests/test_sketch.py::test_sketches_from_single_examples[of_stack]"
+
+_update = in_file("block_bfgs", _IN_TURN, _NO_USE, _FITS, _LOST)
+_trust = in_file("trust", _NOWHERE, _RISE, _LOSS, _BOUNDS, _PARABOLA)
+_state = in_file("block_state", _NUMPY)
+_sketch = in_file("sketch", _SIGNS, _STACK)
+
+BLOCK = (
+    _update("by_powell = sy <= powell * yHy", "by_powell = sy <= yHy"),
+    _update("t * e + (1 - t) * w, e)", "(1 - t) * e + t * w, e)"),
+    _update("sy = jnp.where(by_powell, powell * yHy, sy)", ""),
+    _update("dtype=H.dtype) + _times(C, products)", "dtype=H.dtype)"),
+    _update("jnp.isfinite(s) & jnp.isfinite(y), axis", "jnp.isfinite(s), axis"),
+    _update("jnp.isfinite(s) & jnp.isfinite(y), axis", "jnp.isfinite(y), axis"),
+    _update("(yHy < 0) | ~jnp.isfinite(yHy)", "(yHy < 0)"),
+    _update("(yHy < 0) | ~jnp.isfinite(yHy)", "~jnp.isfinite(yHy)"),
+    _update("& jnp.isfinite(jnp.sum(y * y))", ""),
+    _update("Hy = jnp.where(reset, start * y, Hy)", ""),
+    _update("yHy <= 0, small, ~ok]", "yHy < 0, small, ~ok]"),
+    _update("sy <= numbers.tiny / numbers.eps, sy", "sy <= 0, sy"),
+    _update("sy >= numbers.max * numbers.eps", "sy >= numbers.max"),
+    _update("ok & by_powell)", "by_powell)"),
+    _update("V, U = jnp.where(fits, V, 0), jnp.where(fits, U, 0)", ""),
+    _update("fits | (status != pairs.UPDATED), status", "True, status"),
+    _update("damped & fits, reset", "damped, reset"),
+    _trust("usable = (slope > 0) & (curvature > 0)", "usable = (curvature > 0)"),
+    _trust(
+        "usable = (slope > 0) & (curvature > 0)",
+        "usable = (slope > 0)",
+        reason="a curvature of 0 or below makes a squared length of 0 or below: too small",
+    ),
+    _trust("& jnp.isfinite(slope) & jnp.isfinite(curvature)", ""),
+    _trust("(trust.kappa * curvature), LONGEST)", "curvature, LONGEST)"),
+    _trust("LONGEST) * scale", "LONGEST)", _RATE),
+    _trust("length = length * within", "length = length"),
+    _trust("usable &= squared > _smallest(squared)", ""),
+    _trust("finite = jnp.isfinite(after) & jnp.isfinite(slope)", "finite = jnp.isfinite(after)"),
+    _trust("finite & (change <=", "(change <="),
+    _trust("LARGEST_RISE * jnp.abs(before) + rounding", "rounding"),
+    _trust("trust.kappa / LARGEST_CHANGE, trust.kappa *", "1e-30, trust.kappa *"),
+    _trust("jnp.minimum(MEMORY, trust.steps / (trust.steps + 1.0))", "jnp.array(MEMORY)", _NUMPY),
+    _trust("(predicted < 0) & (jnp.abs(change) > rounding)", "(predicted < 0)"),
+    _trust("(ratio > 0.6)", "(ratio > 0.06)", _NUMPY),
+    _trust("(step.squared > 0.8 * trust.radius)", "True", _NUMPY),
+    _trust("(ratio < 0.25)", "(ratio < 0.75)", _NUMPY),
+    _trust("jnp.minimum(trust.radius, step.squared) / 4", "trust.radius / 4"),
+    _trust("radius = jnp.maximum(radius, least)", ""),
+    _trust("least = jnp.maximum(rounding, _smallest(radius))", "least = 0.0"),
+    _trust("moved & finite, kappa", "moved, kappa"),
+    _trust("(moved & ~accepted)", "(~accepted)"),
+    _trust("return accepted & moved", "return accepted"),
+    _state("told = size > rounding", "told = size > 0", _DIGITS),
+    _state("jnp.isfinite(size + rounding + _lengths(S))", "True", _INPUTS),
+    _state("[(at.rows == 0) | (plus.rows == 0)", "[(at.rows != 0) | (plus.rows == 0)"),
+    _state("[seen.rows == 0, ~usable]", "[~usable, ~usable]", _INPUTS, _REACHED),
+    _state("n / (n + 1)", "1"),
+    _state("fresh = usable & (state.stage == 0)", "fresh = usable & False"),
+    _state("taken.reset * np", "0 * np", _COUNTED),
+    _sketch("drawn / np.sqrt(examples)", "drawn / examples"),
+    _sketch("totals = jnp.sum(rows", "totals = jnp.mean(rows"),
+    _sketch(
+        "rows.reshape(examples, -1, *rows.shape[1:]), axis=1",
+        "rows.reshape(-1, examples, *rows.shape[1:]), axis=0",
+    ),
+)
