@@ -29,7 +29,7 @@ BLOCK = (
     _update("by_powell = sy <= powell * yHy", "by_powell = sy <= yHy"),
     _update("t * e + (1 - t) * w, e)", "(1 - t) * e + t * w, e)"),
     _update("sy = jnp.where(by_powell, powell * yHy, sy)", ""),
-    _update("dtype=H.dtype) + _times(C, products)", "dtype=H.dtype)"),
+    _update("dtype=H.dtype) + pairs.matvec(C, products)", "dtype=H.dtype)"),
     _update("jnp.isfinite(s) & jnp.isfinite(y), axis", "jnp.isfinite(s), axis"),
     _update("jnp.isfinite(s) & jnp.isfinite(y), axis", "jnp.isfinite(y), axis"),
     _update("(yHy < 0) | ~jnp.isfinite(yHy)", "(yHy < 0)"),
