@@ -101,7 +101,7 @@ def test_a_refused_step_leaves_the_parameters(tiny):
     _, state = step(params, make().init(params), x, t)
     # A kappa so small, and a radius so large, that the step goes far beyond the minimum.
     state = state._replace(
-        trust=state.trust._replace(kappa=jnp.asarray(1e-6), radius=jnp.asarray(1e9))
+        trust=state.trust._replace(kappa=jnp.float64(1e-6), radius=jnp.float64(1e9))
     )
     updates, after = step(params, state, x, t)
     assert all(np.all(leaf == 0) for leaf in jax.tree.leaves(updates))
@@ -178,7 +178,7 @@ def test_a_step_of_last_digits_teaches_the_output_side_nothing(tiny):
     loss_fn, params, step = tiny
     x, t = next(batches_for(params, batch=12))
     _, state = step(params, make().init(params), x, t)
-    state = state._replace(trust=state.trust._replace(radius=jnp.asarray(1e-32)))
+    state = state._replace(trust=state.trust._replace(radius=jnp.float64(1e-32)))
     updates, after = step(params, state, x, t)
     assert 0 < optax.tree.norm(updates) < 1e-14
     for path, held in layers_of(state).items():

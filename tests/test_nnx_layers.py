@@ -215,19 +215,21 @@ def test_a_normalized_kernel_is_no_layer():
     assert [layer.path for layer in layers] == ["layers/1"]
 
 
-def test_a_stack_whose_axis_no_shape_tells():
+@pytest.mark.parametrize("axis", [0, 1])
+def test_a_stack_whose_axis_no_shape_tells(axis):
     """Three layers of size 3 x 3 under nnx.scan: the loss is traced again to find the axis."""
 
     class Stack(nnx.Module):
         def __init__(self):
-            make = nnx.vmap(lambda rngs: nnx.Linear(3, 3, rngs=rngs, **F64), in_axes=0)
+            make = nnx.vmap(lambda rngs: nnx.Linear(3, 3, rngs=rngs, **F64), out_axes=axis)
             self.layers = make(nnx.Rngs(0).split(3))
 
         def __call__(self, x):
             run = nnx.scan(
-                lambda x, layer: jnp.tanh(layer(x)), in_axes=(nnx.Carry, 0), out_axes=nnx.Carry
+                lambda x, layer: jnp.tanh(layer(x)), in_axes=(nnx.Carry, axis), out_axes=nnx.Carry
             )
             return run(x, self.layers)
 
     (layer,) = kfqn.find_nnx_layers(lambda m, x: jnp.mean(m(x) ** 2), Stack(), image(3))
     assert (layer.path, layer.blocks, layer.d_in, layer.d_out) == ("layers", 3, 4, 3)
+    assert layer.kernel.blocks == (axis,)

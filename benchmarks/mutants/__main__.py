@@ -114,18 +114,19 @@ def is_open(result: dict) -> bool:
 
 
 def table(results: dict[str, dict]) -> str:
-    """Counts by file, and the survivors, in Markdown."""
-    lines = ["| file | mutants | caught | survivors |", "|---|---|---|---|"]
-    files = list(dict.fromkeys(m.path for m in MUTANTS))
-    for file in [*files, "all"]:
+    """Counts by file, and the survivors, in Markdown; it is in ``docs/reliability.md``."""
+    lines = ["| file | tried | caught | survive |", "|---|---|---|---|"]
+    for file in [*dict.fromkeys(r["file"] for r in results.values()), "all"]:
         of_file = [r for r in results.values() if file in (r["file"], "all")]
         alive = sum(r["verdict"] == SURVIVED for r in of_file)
-        lines.append(f"| `{file}` | {len(of_file)} | {len(of_file) - alive} | {alive} |")
-    survivors = [r for r in results.values() if r["verdict"] == SURVIVED]
-    lines += ["", "| survivor | becomes | why |", "|---|---|---|"]
-    for r in survivors:
-        cells = (f"`{r[key]}`".replace("|", "\\|").replace("\n", " ") for key in ("old", "new"))
-        lines.append(f"| {' | '.join(cells)} | {r['reason'] or '**no reason given**'} |")
+        name = f"`{Path(file).name}`" if file != "all" else file
+        lines.append(f"| {name} | {len(of_file)} | {len(of_file) - alive} | {alive} |")
+    lines += ["", "| survives in | | becomes | why no test finds it |", "|---|---|---|---|"]
+    for r in results.values():
+        if r["verdict"] == SURVIVED:
+            texts = (Path(r["file"]).name, r["old"], r["new"])
+            cells = (f"`{text}`".replace("|", "\\|").replace("\n", " ") for text in texts)
+            lines.append(f"| {' | '.join(cells)} | {r['reason'] or '**no reason given**'} |")
     return "\n".join(lines)
 
 
