@@ -20,6 +20,7 @@ import math
 import os
 import platform
 import re
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -62,6 +63,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         for problem in options.problems:
             for method in options.methods:
+                if plan.grids is not None and method not in plan.grids[problem]:
+                    continue
                 found = run_method(plan, problem, method, folder, overrides)
                 save(output, options.plan, problem, method, found)
     except (runs.Failed, ConfigError) as error:
@@ -142,4 +145,6 @@ def machine() -> str:
 
 
 if __name__ == "__main__":
+    # A run in progress ends with this process, so that no other one takes its folder up meanwhile.
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     sys.exit(main())

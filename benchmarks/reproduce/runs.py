@@ -65,7 +65,8 @@ def train(folder: Path, problem: str, method: str, overrides: Mapping[str, Any])
     if diverged.exists():
         return result | {"curve": None}
     facts = json.loads((folder / "run.json").read_text())
-    curve = [[record[name] for name in COLUMNS] for record in read_run(folder).metrics]
+    metrics = read_run(folder).metrics[: config.epochs + 1]
+    curve = [[record[name] for name in COLUMNS] for record in metrics]
     return result | {"device": facts["device"], "jax": facts["jax"], "curve": curve}
 
 
