@@ -35,7 +35,7 @@ RESULTS = Path(__file__).parents[1] / "results"
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        "python -m benchmarks.reproduce", description=__doc__.splitlines()[0]
+        "python -m benchmarks.reproduce", description=(__doc__ or "").splitlines()[0]
     )
     parser.add_argument("plan", choices=PLANS)
     parser.add_argument("--problems", nargs="+", default=PROBLEMS, choices=PROBLEMS)
@@ -70,6 +70,9 @@ def main(argv: list[str] | None = None) -> int:
     except (runs.Failed, ConfigError) as error:
         print(f"reproduce: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("reproduce: interrupted; the same command goes on from here.", file=sys.stderr)
+        return 130
     results = json.loads(output.read_text())
     table = report.table(results)
     print(table)
@@ -99,17 +102,18 @@ def run_method(
         print(f"{problem} {name}, {found['epochs']} epochs: {said}", flush=True)
         return found
 
-    tuning, best = [], {}
-    if plan.grids is not None:
-        candidates = plan.grids[problem][method]
-        tuning = [run(settings, plan.seeds[0]) for settings in candidates]
-        losses = [final_loss(found) for found in tuning]
-        best = candidates[losses.index(min(losses))]
+    first, *others = plan.seeds
+    candidates = [{}] if plan.grids is None else plan.grids[problem][method]
+    tuning = [run(settings, first) for settings in candidates]
+    losses = [final_loss(found) for found in tuning]
+    best = losses.index(min(losses))
     return {
         "tuning": [
-            {**found["settings"], "train_loss": _finite(final_loss(found))} for found in tuning
+            {**found["settings"], "train_loss": _finite(loss)}
+            for found, loss in zip(tuning, losses, strict=True)
+            if plan.grids is not None
         ],
-        "runs": [run(best, seed) for seed in plan.seeds],
+        "runs": [tuning[best], *(run(candidates[best], seed) for seed in others)],
         "overrides": {
             key: value for key, value in shared.items() if key not in ("data_dir", "epochs")
         },
@@ -127,9 +131,9 @@ def _finite(loss: float) -> float | None:
 
 def save(output: Path, plan: str, problem: str, method: str, found: dict[str, Any]) -> None:
     """Puts a method's results into the file, in place of older ones."""
-    results = json.loads(output.read_text()) if output.exists() else {"problems": {}}
-    results |= {"plan": plan, "machine": machine(), "columns": runs.COLUMNS}
-    results["problems"].setdefault(problem, {})[method] = found
+    problems = json.loads(output.read_text())["problems"] if output.exists() else {}
+    problems.setdefault(problem, {})[method] = found
+    results = {"plan": plan, "machine": machine(), "columns": runs.COLUMNS, "problems": problems}
     output.parent.mkdir(parents=True, exist_ok=True)
     text = json.dumps(results, indent=1)
     # A row of numbers to a line.
@@ -145,6 +149,6 @@ def machine() -> str:
 
 
 if __name__ == "__main__":
-    # A run in progress ends with this process, so that no other one takes its folder up meanwhile.
+    # So that a run in progress ends before this process does: nothing is left that goes on alone.
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     sys.exit(main())

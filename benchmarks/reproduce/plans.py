@@ -104,7 +104,7 @@ PLANS = {
         grids=_SMALL,
     ),
     "quick": Plan(
-        budgets={"mnist": 9, "faces": 28, "curves": 32},
+        budgets={"mnist": 9, "faces": 26, "curves": 28},
         seeds=(0,),
         overrides={"faces": _SOME_FACES},
         grids=None,

@@ -71,9 +71,15 @@ def train(folder: Path, problem: str, method: str, overrides: Mapping[str, Any])
 
 
 def launch(command: list[str], log: Any) -> int:
-    """Runs kfqn-train; its exit status."""
+    """Runs kfqn-train; its exit status. Where this process is told to end, the run ends first."""
     arguments = [sys.executable, "-c", PROGRAM, *command]
-    return subprocess.run(arguments, stdout=log, stderr=log, check=False).returncode
+    process = subprocess.Popen(arguments, stdout=log, stderr=log)
+    try:
+        return process.wait()
+    except BaseException:
+        process.terminate()  # it writes a checkpoint
+        process.wait()
+        raise
 
 
 def _ended(folder: Path, config: Any) -> bool:

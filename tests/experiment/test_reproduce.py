@@ -16,7 +16,6 @@ from kfqn_optax.experiment.paper import METHODS, paper_config
 from kfqn_optax.experiment.problems import PROBLEMS
 
 ROOT = Path(__file__).parents[2]
-HERE = str(Path(__file__).parent)
 PAGE = f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n"
 
 
@@ -43,13 +42,11 @@ def _cells(table, method):
     return [cell.strip().replace("*", "") for cell in row.split("|")[1:-1]]
 
 
-def test_quick(tmp_path, monkeypatch, capsys):
-    """Two methods as processes of their own: JSON, figure, table; the second time nothing runs."""
-    program = f"import sys; sys.path.insert(0, {HERE!r}); import tiny_paper; tiny_paper.main()"
-    monkeypatch.setattr(runs, "PROGRAM", program)
+def test_quick(tmp_path, in_process, monkeypatch, capsys):
+    """Two methods: JSON, figure, table; the second time nothing runs."""
     page = tmp_path / "page.md"
     page.write_text(PAGE)
-    command = ["quick", "--problems", "curves", "--methods", "sgdm", "adam", "--scale", "0.03"]
+    command = ["quick", "--problems", "curves", "--methods", "kbfgs", "adam", "--scale", "0.03"]
     command += ["--set", "batch_size=16", "--runs", str(tmp_path / "runs"), "--readme", str(page)]
     command += ["--output", str(tmp_path / "results" / "quick.json")]
     assert reproduce.main(command) == 0
@@ -59,7 +56,7 @@ def test_quick(tmp_path, monkeypatch, capsys):
     results = json.loads((tmp_path / "results" / "quick.json").read_text())
     assert (tmp_path / "results" / "quick.png").read_bytes().startswith(b"\x89PNG")
     ends = {}
-    for method in ("sgdm", "adam"):
+    for method in ("kbfgs", "adam"):
         (folder,) = (tmp_path / "runs" / "curves").glob(f"{method}-seed=0")
         lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
         (run,) = results["problems"]["curves"][method]["runs"]
@@ -69,13 +66,20 @@ def test_quick(tmp_path, monkeypatch, capsys):
         assert cells[3:7] == [*expected, f"{last['seconds']:.0f}"]
         assert not (folder / "checkpoints").exists()
         ends[method] = last["train_loss"]
-    assert ends["sgdm"] != ends["adam"]
+    assert ends["kbfgs"] != ends["adam"]
     assert re.search(r"\d+ cores$", results["machine"])
 
     written = (tmp_path / "results" / "quick.json").read_text()
     monkeypatch.setattr(runs, "launch", _no_launch)
     assert reproduce.main(command) == 0
     assert (tmp_path / "results" / "quick.json").read_text() == written
+
+
+def test_launch(tmp_path):
+    """The real program in a process of its own, what it says in the log, its exit status."""
+    with (tmp_path / "log").open("w") as log:
+        assert runs.launch(["--config", "no.py", "--workdir", str(tmp_path / "run")], log) == 1
+    assert "there is no config file 'no.py'" in (tmp_path / "log").read_text()
 
 
 def test_run_that_diverges_is_a_result_and_is_not_repeated(tmp_path, in_process, monkeypatch):
