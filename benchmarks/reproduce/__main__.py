@@ -86,7 +86,7 @@ def run_method(
     plan: Plan, problem: str, method: str, folder: Path, overrides: dict[str, Any]
 ) -> dict[str, Any]:
     """All runs of a method on a problem: ``tuning``, if there is a grid, and ``runs`` by seed."""
-    epochs = epochs_of(plan.budgets[problem], problem, method)
+    epochs = epochs_of(plan, problem, method)
     shared = {"epochs": epochs, **plan.overrides.get(problem, {}), **overrides}
 
     def run(settings: Settings, seed: int) -> dict[str, Any]:

@@ -241,8 +241,12 @@ def test_method_that_the_paper_does_not_have(tmp_path, capsys):
 
 
 def test_epochs_and_hours():
-    assert plans.epochs_of(9, "mnist", "kbfgs") == 3
-    assert plans.epochs_of(0.1, "mnist", "kbfgs") == 1
+    assert plans.epochs_of(plans.PLANS["quick"], "mnist", "kbfgs") == round(9 / 2.82)
+    assert plans.epochs_of(plans.PLANS["quick"], "faces", "adam") == round(26 / 1.03)
+    inverses = 21 * 4.6 / 10  # in epochs of 10 plain steps
+    assert plans.epochs_of(plans.PLANS["quick"], "faces", "kfac") == round((26 - inverses) / 2.5)
+    little = plans.PLANS["quick"]._replace(budgets={"mnist": 0.1})
+    assert plans.epochs_of(little, "mnist", "kbfgs") == 1
     hours = plans.expected_hours(plans.PLANS["quick"], plans.PROBLEMS, list(METHODS))
     assert 0.3 < hours < 0.5
     one, two = (
