@@ -3,9 +3,11 @@
 # make coverage   the same, and which lines of the package it does not run
 # make mutants    whether the tests find mistakes made on purpose
 # make bench      what a step costs beside a plain one, by method, stage, width and batch
-# make reproduce-quick   the paper's comparison in small: under 30 minutes on 2 cores
-# make reproduce         the same tuned, at full size, with 3 seeds: some 45 hours on 2 cores
+# make reproduce-quick  the paper's comparison in small: under 30 minutes on 2 cores
+# make reproduce  the same at full size, tuned, 3 seeds: some 45 hours on 2 cores, can be broken off
 # make docs       the documentation's site, in site/; warnings are errors
+#
+# The two of the comparison need the raw files of MNIST and FACES: DATA=FOLDER names their folder.
 #
 # Each target makes its own virtual environment first: .venv, or .venv-NAME with PYTHON=NAME, as in
 #     make test PYTHON=python3.12

@@ -76,7 +76,7 @@ _SMALL = {
     },
     "curves": {
         "kbfgs": _some("damping", (0.8, 0.3), (0.8, 0.1)),
-        "kfac": _some("damping", (1.0, 3.0), (1.0, 1.0)),
+        "kfac": _some("damping", (1.0, 3.0), (1.0, 1.0), (0.3, 1.0)),
         "rmsprop": _some("epsilon", (1e-3, 1e-4), (3e-4, 1e-8)),
     },
     "faces": {
