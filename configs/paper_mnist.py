@@ -11,7 +11,7 @@ TUNED = {
     "kbfgs_l": {"learning_rate": 0.8, "damping": 0.3},
     "kfac": {"learning_rate": 1.0, "damping": 3.0},
     "adam": {"learning_rate": 2e-3, "epsilon": 1e-4},
-    "rmsprop": {"learning_rate": 3e-4, "epsilon": 1e-8},
+    "rmsprop": {"learning_rate": 1e-3, "epsilon": 1e-4},
     "sgdm": {"learning_rate": 3e-3},
 }
 

@@ -66,14 +66,10 @@ _FULL = {
     "rmsprop": _FIRST_ORDER,
     "sgdm": grid(learning_rate=(1e-3, 3e-3, 1e-2, 3e-2, 1e-1)),
 }
-# What time_to_loss.jsonl (K-BFGS, Adam and SGD-m on MNIST and CURVES) and faces.json (K-BFGS and
-# Adam) leave open.
+# What time_to_loss.jsonl (K-BFGS, Adam and SGD-m on MNIST and CURVES), faces.json (K-BFGS and Adam)
+# and the authors' notebook (K-FAC on MNIST) leave open.
 _SMALL = {
-    "mnist": {
-        "kfac": _some("damping", (1.0, 3.0), (1.0, 1.0)),
-        "rmsprop": _some("epsilon", (1e-3, 1e-4), (3e-4, 1e-8)),
-        "sgdm": grid(learning_rate=(3e-3, 6e-3)),
-    },
+    "mnist": {"rmsprop": _some("epsilon", (1e-3, 1e-4), (3e-4, 1e-8))},
     "curves": {
         "kbfgs": _some("damping", (0.8, 0.3), (0.8, 0.1)),
         "kfac": _some("damping", (1.0, 3.0), (1.0, 1.0), (0.3, 1.0)),
