@@ -76,7 +76,8 @@ def main(argv: list[str] | None = None) -> int:
     results = json.loads(output.read_text())
     table = report.table(results)
     print(table)
-    report.figure(results).savefig(output.with_suffix(".png"), dpi=110)
+    if options.plan != "tune":
+        report.figure(results).savefig(output.with_suffix(".png"), dpi=110)
     if options.readme:
         options.readme.write_text(report.with_table(options.readme.read_text(), table))
     return 0

@@ -7,7 +7,7 @@ from typing import Any
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
+from matplotlib.ticker import LogLocator, NullFormatter
 
 from kfqn_optax.experiment.paper import METHODS
 
@@ -71,7 +71,8 @@ def table(results: Mapping[str, Any]) -> str:
     a first-order method.
     """
     lines = ["| " + " | ".join(HEAD) + " |", "|---" * len(HEAD) + "|"]
-    for problem, methods in results["problems"].items():
+    for problem in filter(results["problems"].__contains__, TITLES):
+        methods = results["problems"][problem]
         curves = finished(results, problem)
         goal = first_order_end(curves)
         ends = {
@@ -136,7 +137,7 @@ def with_table(text: str, table: str) -> str:
 
 def figure(results: Mapping[str, Any]) -> Figure:
     """Four panels a problem; a line is the median of the seeds, a band their least to largest."""
-    problems = list(results["problems"])
+    problems = [name for name in TITLES if name in results["problems"]]
     drawing = Figure(figsize=(15, 0.8 + 3.1 * len(problems)), layout="constrained")
     FigureCanvasAgg(drawing)
     axes = drawing.subplots(len(problems), len(PANELS), squeeze=False)
@@ -149,14 +150,14 @@ def figure(results: Mapping[str, Any]) -> Figure:
             panel.set(yscale="log", xlabel=x_name, ylabel=y_name, title=TITLES[problem])
             _cut(panel, curves, y)
             panel.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
-            if y == "train_loss":
-                panel.yaxis.set_major_formatter(ScalarFormatter())
+            panel.yaxis.set_major_formatter("{x:g}")
             panel.yaxis.set_minor_formatter(NullFormatter())
             panel.grid(alpha=0.25, linewidth=0.6)
             panel.spines[["top", "right"]].set_visible(False)
+    methods = [method for method in METHODS if method in shown]
     drawing.legend(
-        shown.values(),
-        [METHODS[method][0] for method in shown],
+        [shown[method] for method in methods],
+        [METHODS[method][0] for method in methods],
         loc="outside upper center",
         ncols=len(METHODS),
         frameon=False,
