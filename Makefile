@@ -3,7 +3,11 @@
 # make coverage   the same, and which lines of the package it does not run
 # make mutants    whether the tests find mistakes made on purpose
 # make bench      what a step costs beside a plain one, by method, stage, width and batch
+# make reproduce-quick  the paper's comparison in small: under 30 minutes on 2 cores
+# make reproduce  the same at full size, tuned, 3 seeds: some 45 hours on 2 cores, can be broken off
 # make docs       the documentation's site, in site/; warnings are errors
+#
+# The two of the comparison need the raw files of MNIST and FACES: DATA=FOLDER names their folder.
 #
 # Each target makes its own virtual environment first: .venv, or .venv-NAME with PYTHON=NAME, as in
 #     make test PYTHON=python3.12
@@ -20,7 +24,8 @@ KBFGS_EPOCHS ?= 30
 ADAM_EPOCHS ?= 60
 
 .DEFAULT_GOAL := help
-.PHONY: help demo notebooks test test-fast test-slow coverage mutants soak bench bench-more lint docs wheel-check clean
+.PHONY: help demo notebooks test test-fast test-slow coverage mutants soak bench bench-more reproduce \
+	reproduce-quick lint docs wheel-check clean
 
 help:
 	@sed -n '1,/^$$/ s/^# \{0,1\}//p' Makefile
@@ -86,6 +91,17 @@ bench: $(VENV)/.installed-experiment
 bench-more: $(VENV)/.installed-experiment
 	$(PRICE) --sizes mnist --candidates all --peers
 	$(PRICE) --sizes cnn transformer transformer-all
+
+# The folder with the raw files of MNIST and FACES, where they are not in TFDS's manual folder.
+DATA ?=
+REPRODUCE := $(BIN)/python -m benchmarks.reproduce
+
+# Both go on where they were broken off; what has ended is not run again.
+reproduce: $(VENV)/.installed-experiment
+	$(REPRODUCE) full $(if $(DATA),--data_dir $(DATA))
+
+reproduce-quick: $(VENV)/.installed-experiment
+	$(REPRODUCE) quick $(if $(DATA),--data_dir $(DATA)) --readme README.md
 
 lint: $(VENV)/.installed-experiment+test+lint
 	$(BIN)/ruff format --check .

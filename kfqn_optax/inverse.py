@@ -58,11 +58,18 @@ class Remake(NamedTuple):
     held: jax.Array
 
 
-def remake(factors: Mapping[Any, Remake]) -> dict[Any, jax.Array]:
+def remake(
+    factors: Mapping[Any, Remake], times: float = 4, besides: int = 0
+) -> dict[Any, jax.Array]:
     """``(A + damping I)^-1`` where it is wanted, and the factors held elsewhere, by key.
 
     Factors of similar sizes share one compiled inverse (`_share`), which takes them in turn: on a
     CPU, batched calls of LAPACK side by side in one program can wait for each other forever.
+
+    Args:
+        factors: by key.
+        times: how much padding may cost, see `_share`.
+        besides: the same.
     """
     alike: dict[Any, dict[Any, Remake]] = {}
     for key, (wanted, damping, A, held) in factors.items():
@@ -73,9 +80,8 @@ def remake(factors: Mapping[Any, Remake]) -> dict[Any, jax.Array]:
         alike.setdefault(held.dtype, {})[key] = row
     results = {}
     for rows in alike.values():
-        for group in _share(
-            {key: (len(row.held), row.held.shape[-1]) for key, row in rows.items()}
-        ):
+        shapes = {key: (len(row.held), row.held.shape[-1]) for key, row in rows.items()}
+        for group in _share(shapes, times, besides):
             for key, H in _inverses({key: rows[key] for key in group}).items():
                 wanted, _, _, held = rows[key]
                 made = jnp.where(wanted[:, None, None], H, held)
@@ -83,21 +89,25 @@ def remake(factors: Mapping[Any, Remake]) -> dict[Any, jax.Array]:
     return results
 
 
-def _share(shapes: Mapping[Any, tuple[int, int]]) -> list[list[Any]]:
+def _share(
+    shapes: Mapping[Any, tuple[int, int]], times: float = 4, besides: int = 0
+) -> list[list[Any]]:
     """Which factors' matrices are padded to the largest of them, to be inverted by one program.
 
-    A compiled inverse takes about as long to make as a hundred to run, so few are wanted; but what
-    the padding adds must stay within three times what the inverses themselves take.
+    A compiled inverse takes about as long to make as a hundred to run, so few are wanted where they
+    run once.
 
     Args:
         shapes: number of matrices and their size d, by key.
+        times: the padded inverses may take so many times what they would take by themselves,
+        besides: and this more, in units of d^3.
     """
     groups: list[list[Any]] = []
     largest = own = padded = 0
     for key in sorted(shapes, key=lambda key: -shapes[key][1]):
         count, d = shapes[key]
         own, padded = own + count * d**3, padded + count * largest**3
-        if not groups or padded > 4 * own:
+        if not groups or padded > times * own + besides:
             groups.append([])
             largest, own, padded = d, count * d**3, count * d**3
         groups[-1].append(key)

@@ -170,7 +170,8 @@ def refresh(
             else:
                 dense[path, "input"] = Remake(known, now.input_damping, now.input, state.input)
             dense[path, "output"] = Remake(known, now.output_damping, now.output, state.output)
-        made = remake(dense)
+        # They run many times, unlike those that K-BFGS starts from, so little is padded.
+        made = remake(dense, times=1.3, besides=300**3)
         return {
             layer.path: (
                 diagonal.get(layer.path, made.get((layer.path, "input"))),

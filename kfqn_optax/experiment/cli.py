@@ -104,7 +104,9 @@ def read_command_line(argv: list[str]) -> tuple[ConfigDict, str]:
         rest = values(argv)[1:]
     except (flags.Error, SyntaxError) as error:
         # An error inside the config file carries its traceback; the last line says what it was.
-        raise _UsageError(str(error).strip().splitlines()[-1]) from error
+        last = str(error).strip().splitlines()[-1]
+        refused = last.removeprefix(f"{ConfigError.__module__}.{ConfigError.__name__}: ")
+        raise (_UsageError(last) if refused == last else ConfigError(refused)) from error
     for name in ("config", "workdir"):
         if values[name].value is None:
             raise _UsageError(f"--{name} is missing; kfqn-train --help shows how to call it.")

@@ -74,6 +74,7 @@ KEYS = {
     ),
     "download": _switch(False, "whether data may be fetched from the network", free=True),
     "train_examples": _whole(0, "use only so many training examples; 0: all", 0),
+    "test_examples": _whole(0, "measure the test loss on only so many examples; 0: all", 0),
     "optimizer": _one_of("kbfgs", OPTIMIZERS, "the training rule"),
     "learning_rate": _positive(
         0.3, "step size; 0.3 suits kbfgs, 1 kfac with damping 3; adam wants about 0.001"
@@ -90,6 +91,9 @@ KEYS = {
     "damping": _positive(0.3, "methods with layers: lambda of the paper; 3 suits kfac"),
     "momentum": _decay(
         0.9, "decay of the gradient's running average (methods with layers) or sum (sgdm)"
+    ),
+    "epsilon": _positive(
+        1e-8, "adam, rmsprop: added to the root of the second moment; the K-BFGS paper tunes it"
     ),
     "weight_decay": Key(
         1e-5,

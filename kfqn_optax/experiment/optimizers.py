@@ -131,7 +131,7 @@ def _decayed(config: Config, rule: optax.GradientTransformation) -> optax.Gradie
 
 
 def _adam(config: Config) -> optax.GradientTransformation:
-    return optax.adam(config.learning_rate)
+    return optax.adam(config.learning_rate, eps=config.epsilon)
 
 
 def _sgdm(config: Config) -> optax.GradientTransformation:
@@ -139,7 +139,7 @@ def _sgdm(config: Config) -> optax.GradientTransformation:
 
 
 def _rmsprop(config: Config) -> optax.GradientTransformation:
-    return optax.rmsprop(config.learning_rate)
+    return optax.rmsprop(config.learning_rate, eps=config.epsilon, eps_in_sqrt=False)
 
 
 def _muon(config: Config) -> optax.GradientTransformation:

@@ -157,12 +157,19 @@ def train(config: Config, workdir: str | os.PathLike, dataset: Any = None) -> li
 
 def load_dataset(config: Config) -> Any:
     """Returns the data that a config asks for."""
-    return datasets.load(
+    dataset = datasets.load(
         config.problem,
         config.data_dir,
         train_examples=config.train_examples or None,
         download=config.download,
     )
+    wanted, available = config.test_examples, count(dataset.test)
+    if wanted > available:
+        raise ValueError(
+            f"test_examples is {wanted}, but '{config.problem}' has {available} test examples; "
+            "ask for fewer, or 0 for all."
+        )
+    return dataset._replace(test=take(dataset.test, slice(wanted))) if wanted else dataset
 
 
 def _on_device(examples: Batch) -> Batch:

@@ -44,6 +44,15 @@ def test_rmsprop():
     np.testing.assert_allclose(second, -LR / np.sqrt(0.19), rtol=1e-4)
 
 
+def test_epsilon_is_added_to_the_root():
+    for name, root in (("adam", 1), ("rmsprop", 0.1**0.5)):
+        config = tiny.config(optimizer=name, learning_rate=LR, weight_decay=0.0, epsilon=3.0)
+        tx = optimizers.make_optimizer(config).transformation
+        params = jnp.full((3,), W, jnp.float32)
+        updates, _ = tx.update(jnp.full_like(params, G), tx.init(params), params)
+        np.testing.assert_allclose(updates, -LR * G / (root * G + 3), rtol=1e-5)
+
+
 @pytest.mark.parametrize("name", ["adam", "rmsprop"])
 def test_weight_decay_is_part_of_the_gradient(name):
     """Both divide by the gradient's size; with g = 0 the decay alone makes a step as large."""

@@ -18,7 +18,7 @@ from kfqn_optax.experiment.config import ConfigError
 from kfqn_optax.experiment.losses import NonFiniteLoss
 from kfqn_optax.experiment.optimizers import make_optimizer
 from kfqn_optax.experiment.problems import PROBLEMS, make_problem, squared_norm
-from kfqn_optax.experiment.train import train
+from kfqn_optax.experiment.train import load_dataset, train
 from kfqn_optax.experiment.workdir import METRICS, PAIRS, read_run
 
 SAVE = plots.save
@@ -303,3 +303,17 @@ def test_bad_config_is_refused_before_anything_is_written(tmp_path):
     with pytest.raises(ConfigError, match="damping"):
         train(tiny.config(damping=-1.0), tmp_path / "run", tiny.dataset())
     assert not (tmp_path / "run").exists()
+
+
+def test_only_so_many_test_examples():
+    config = tiny.config(problem="char_transformer", train_examples=20)
+    whole, config.test_examples = load_dataset(config).test, 7
+    some = load_dataset(config)
+    np.testing.assert_array_equal(some.test.inputs, whole.inputs[:7])
+    np.testing.assert_array_equal(some.test.labels, whole.labels[:7])
+    assert len(some.train.inputs) == 20
+    config.test_examples = len(whole.inputs) + 1
+    with pytest.raises(
+        ValueError, match=r"test_examples is \d+, but 'char_transformer' has \d+ test"
+    ):
+        load_dataset(config)

@@ -1,0 +1,1 @@
+"""The K-BFGS paper's comparison, run anew; see `__main__`."""
