@@ -243,7 +243,7 @@ def test_method_that_the_paper_does_not_have(tmp_path, capsys):
 def test_epochs_and_hours():
     assert plans.epochs_of(plans.PLANS["quick"], "mnist", "kbfgs") == round(9 / 2.82)
     assert plans.epochs_of(plans.PLANS["quick"], "faces", "adam") == round(26 / 1.03)
-    inverses = 21 * 7 / 10  # in epochs of 10 plain steps
+    inverses = 21 * 4 / 10  # in epochs of 10 plain steps
     assert plans.epochs_of(plans.PLANS["quick"], "faces", "kfac") == round((26 - inverses) / 2.5)
     little = plans.PLANS["quick"]._replace(budgets={"mnist": 0.1})
     assert plans.epochs_of(little, "mnist", "kbfgs") == 1
