@@ -82,8 +82,6 @@ _SMALL = {
         "sgdm": grid(learning_rate=(1e-3, 3e-4, 3e-3)),
     },
 }
-_SOME_FACES = {"train_examples": 10_000, "test_examples": 2_000}
-
 PLANS = {
     "full": Plan(
         budgets={"mnist": 60, "faces": 30, "curves": 300},
@@ -96,15 +94,15 @@ PLANS = {
         seeds=(0,),
         overrides={
             "mnist": {"train_examples": 20_000, "test_examples": 1_000},
-            "faces": _SOME_FACES | {"test_examples": 1_000},
+            "faces": {"train_examples": 10_000, "test_examples": 1_000},
             "curves": {"test_examples": 1_000},
         },
         grids=_SMALL,
     ),
     "quick": Plan(
-        budgets={"mnist": 9, "faces": 26, "curves": 28},
+        budgets={"mnist": 7.2, "faces": 14.5, "curves": 28},
         seeds=(0,),
-        overrides={"faces": _SOME_FACES},
+        overrides={"faces": {"train_examples": 20_000, "test_examples": 2_000}},
         grids=None,
     ),
 }
