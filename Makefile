@@ -34,7 +34,7 @@ help:
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
-		{ echo "$(PYTHON) is older than Python 3.11; name a newer one: make PYTHON=python3.12"; exit 1; }
+		{ echo "$(PYTHON) does not run, or is older than Python 3.11; name another: make PYTHON=python3.12"; exit 1; }
 	@echo "setting up $(VENV); the first time this fetches packages and takes a few minutes"
 	$(PYTHON) -m venv $(VENV)
 
