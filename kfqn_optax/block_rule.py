@@ -3,8 +3,8 @@
 K-BFGS with three changes. Each factor takes q pairs a step, from sums over the examples with random
 signs (`sketch`), instead of one from their mean. Both factors start from their damping alone, so
 nothing is inverted. And the length of the step comes from a parabola through what is measured at
-the probe anyway (`trust`), so that the learning rate is 1, and a step after which the loss is much
-higher is not taken.
+the probe anyway (`trust`): the learning rate is the share of the way to the parabola's minimum,
+half of it unless told otherwise. A step after which the loss is much higher is not taken.
 """
 
 import dataclasses
@@ -79,7 +79,7 @@ class Settings:
 
 
 def scale_by_block_kbfgs(
-    learning_rate: ScalarOrSchedule = 1.0,
+    learning_rate: ScalarOrSchedule = 0.5,
     damping: ScalarOrSchedule = 0.03,
     *,
     pairs: Number = 8,
@@ -104,7 +104,9 @@ def scale_by_block_kbfgs(
 
     Args:
         learning_rate: what the step to the minimum of the parabola is multiplied by; a number or a
-            schedule. It must be the one that scales the updates afterwards.
+            schedule. (The minimum is that of this batch: steps all the way to it keep the loss
+            some percent above what half as long ones reach.) It must be the one that scales the
+            updates afterwards.
         damping: lambda; a number above 0, or a schedule. sqrt(lambda) on each side.
         pairs: q, how many pairs each factor takes in a step; a whole number of at least 1.
         momentum: decay of M, in [0, 1); M is corrected for its start from 0.
@@ -281,7 +283,7 @@ def _loss_dtype(held: Any) -> Any:
 
 
 def block_kbfgs(
-    learning_rate: ScalarOrSchedule = 1.0,
+    learning_rate: ScalarOrSchedule = 0.5,
     damping: ScalarOrSchedule = 0.03,
     *,
     pairs: Number = 8,
