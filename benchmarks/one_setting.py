@@ -35,9 +35,7 @@ OUTPUT = RESULTS / "one_setting.jsonl"
 BATCH, PART = problems.BATCH, 100
 METHODS = {
     "block": lambda lr: kfqn.block_kbfgs(lr, weight_decay=1e-5),
-    "fast": lambda lr: kfqn.kfqn(lr, 0.3, **time_to_loss.FAST, **time_to_loss.LIMIT),
-    "muon": optax.contrib.muon,
-    "adam": optax.adam,
+    **{name: time_to_loss.METHODS[name][0] for name in ("fast", "muon", "adam")},
 }
 
 

@@ -13,7 +13,7 @@ import numpy as np
 
 from kfqn_optax import block_bfgs, factors, pairs
 from kfqn_optax.block_bfgs import Taken
-from kfqn_optax.layer_state import COLUMNS
+from kfqn_optax.layer_state import COLUMNS, columns_of
 from kfqn_optax.layers import Layer
 from kfqn_optax.options import Number, is_damping
 from kfqn_optax.pairs import matmul
@@ -143,14 +143,10 @@ def _counted(side: str, taken: Taken, refusal: jax.Array) -> jax.Array:
     happened = {side: jnp.where(offered, taken.status, refusal)}
     if side == "output_status":
         happened |= {"powell_damped": taken.damped, "second_damped": offered}
-    fields = np.array([field for field, _ in COLUMNS])
-    values = np.array([value for _, value in COLUMNS], np.int32)
-    seen = jnp.full((len(offered), len(COLUMNS)), -1, jnp.int32)
-    for field, value in happened.items():
-        of_field = np.broadcast_to(fields == field, seen.shape)
-        seen = jnp.where(of_field, value[:, None].astype(jnp.int32), seen)
-    counted = jnp.sum(seen == values[None, :], axis=0, dtype=jnp.int32)
-    return counted + taken.reset * np.array((fields == side) & (values == pairs.RESET), np.int32)
+    happened = {field: value.astype(jnp.int32) for field, value in happened.items()}
+    counted = jnp.sum(columns_of(happened), axis=0, dtype=jnp.int32)
+    is_reset = np.array([column == (side, pairs.RESET) for column in COLUMNS], np.int32)
+    return counted + taken.reset * is_reset
 
 
 def _sketches(layer: Layer, seen: LayerStatistics) -> Sketches:

@@ -4,6 +4,7 @@
 from a second moment measured beforehand (`warm`). `factors` takes it through a step.
 """
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -145,9 +146,15 @@ def count(
         "powell_damped": powell_damped.astype(jnp.int32),
         "second_damped": second_damped.astype(jnp.int32),
     }
-    seen = jnp.zeros_like(counts)
+    return counts + columns_of(happened)
+
+
+def columns_of(happened: Mapping[str, jax.Array]) -> jax.Array:
+    """Which of `COLUMNS` happened, bool, [..., columns], from values by field, int32, [...]."""
+    shape = (*next(iter(happened.values())).shape, len(COLUMNS))
+    seen = jnp.full(shape, -1, jnp.int32)  # no value of any field
     for name, value in happened.items():
         of_field = np.array([field == name for field, _ in COLUMNS])
-        seen = jnp.where(np.broadcast_to(of_field, counts.shape), value[..., None], seen)
+        seen = jnp.where(np.broadcast_to(of_field, shape), value[..., None], seen)
     values = np.array([value for _, value in COLUMNS], np.int32)
-    return counts + (seen == np.broadcast_to(values, counts.shape))
+    return seen == np.broadcast_to(values, shape)
