@@ -6,7 +6,7 @@
 
 FILE.npz is what ``benchmarks.time_to_loss --export`` writes. One line of JSON a run, appended to
 ``benchmarks/results/one_setting.jsonl``; what that holds is not run again. Curvature from 100 of
-the 1000 examples; weight decay 1e-5, as in all runs of `time_to_loss`.
+the 1000 examples; weight decay 1e-5 (Adam and Muon have none).
 
 Losses are those of all test examples and of the first ``--examples`` of the training set, at the
 parameters and at their running average (decay ``min(0.95, (1 + t) / (10 + t))``), after every
@@ -168,7 +168,7 @@ def table(options):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--problem", default="mnist", choices=list(time_to_loss.TARGETS))
     parser.add_argument("--method", default="block", choices=list(METHODS))
     parser.add_argument("--data", type=Path)

@@ -1,10 +1,12 @@
 """Block K-BFGS: several pairs a step for each factor, and steps as long as the loss allows.
 
-K-BFGS with three changes. Each factor takes q pairs a step, from sums over the examples with random
+K-BFGS with four changes. Each factor takes q pairs a step, from sums over the examples with random
 signs (`sketch`), instead of one from their mean. Both factors start from their damping alone, so
-nothing is inverted. And the length of the step comes from a parabola through what is measured at
-the probe anyway (`trust`): the learning rate is the share of the way to the parabola's minimum,
-half of it unless told otherwise. A step after which the loss is much higher is not taken.
+nothing is inverted. The output factor forgets what it learned more than some steps ago, and is kept
+as pairs and not as a matrix (`generations`). And the length of the step comes from a parabola
+through what is measured at the probe anyway (`trust`): the learning rate is the share of the way to
+the parabola's minimum, half of it unless told otherwise. A step after which the loss is much higher
+is not taken.
 """
 
 import dataclasses
@@ -62,6 +64,7 @@ class Settings:
     learning_rate: ScalarOrSchedule
     damping: ScalarOrSchedule
     pairs: Number
+    window: Number
     momentum: Number
     factor_decay: Number
     powell: Number
@@ -71,6 +74,7 @@ class Settings:
         check("learning_rate", self.learning_rate, lambda v: v >= 0, "at least 0", schedule=True)
         check("damping", self.damping, lambda v: v > 0, "above 0", schedule=True)
         check_size("pairs", self.pairs)
+        check_size("window", self.window, step=2)
         check_decay("momentum", self.momentum)
         check_decay("factor_decay", self.factor_decay)
         check("powell", self.powell, lambda v: 0 < v < 1, "between 0 and 1")
@@ -83,6 +87,7 @@ def scale_by_block_kbfgs(
     damping: ScalarOrSchedule = 0.03,
     *,
     pairs: Number = 8,
+    window: Number = 16,
     momentum: Number = 0.9,
     factor_decay: Number = 0.9,
     powell: Number = 0.2,
@@ -109,6 +114,8 @@ def scale_by_block_kbfgs(
             updates afterwards.
         damping: lambda; a number above 0, or a schedule. sqrt(lambda) on each side.
         pairs: q, how many pairs each factor takes in a step; a whole number of at least 1.
+        window: the output factors know the pairs of the last ``window / 2`` to ``window`` steps and
+            nothing of those before; a multiple of 2.
         momentum: decay of M, in [0, 1); M is corrected for its start from 0.
         factor_decay: decay of the running average A, in [0, 1); the first averages are plain means.
         powell: mu_1 of Powell's damping, in (0, 1).
@@ -127,10 +134,15 @@ def scale_by_block_kbfgs(
         once. Their use for both factors, and the length of the step, are this library's.
     """
     settings = Settings(
-        learning_rate, damping, pairs, momentum, factor_decay, powell, max_factor_dim
+        learning_rate, damping, pairs, window, momentum, factor_decay, powell, max_factor_dim
     )
     given = layers_lib.as_layers(layers)
     count_of_pairs = known_size("pairs", pairs)
+    init_layer = functools.partial(
+        block_state.init,
+        pairs_of_step=count_of_pairs,
+        window=known_size("window", window),
+    )
 
     def init_fn(params: Any) -> ScaleByBlockKBFGSState:
         def make(count: Any, held: Any, momentum: Any) -> ScaleByBlockKBFGSState:
@@ -144,12 +156,12 @@ def scale_by_block_kbfgs(
             return placeholder_state(
                 lambda n, held: make(n, held, n if given is None else dict.fromkeys(names, n)),
                 given,
-                lambda layer: block_state.init(layer, jnp.float32),
+                lambda layer: init_layer(layer, jnp.float32),
             )
         check_sides = functools.partial(
             checks.check_sides, method="block K-BFGS", max_factor_dim=max_factor_dim
         )
-        held = initial(params, given, block_state.init, check_sides)
+        held = initial(params, given, init_layer, check_sides)
         leaves = named_leaves(params)
         names = [n for layer in layers_present(given, leaves) for n in layer.parameter_paths]
         momentum = {
@@ -217,17 +229,11 @@ def _step(
     M = {name: m / correction.astype(m.dtype) for name, m in momentum.items()}
 
     # A takes in the batch, and the input factors q pairs of it: they need no probe.
-    begun = {
-        layer.path: block_state.begin(
-            layer,
-            state.layers[layer.path],
-            measured and measured.layers[layer.path],
-            settings.factor_decay,
-            settings.powell,
-            root,
+    begun = {layer.path: state.layers[layer.path] for layer in present}
+    if measured is not None:
+        begun = block_state.begin(
+            present, begun, measured.layers, settings.factor_decay, settings.powell, root
         )
-        for layer in present
-    }
 
     # The direction, and how far to go.
     P = precondition(present, begun, M, 1.0, None)
@@ -252,20 +258,16 @@ def _step(
         state.trust, proposal, slope, measured.loss.astype(dtype), probed.loss.astype(dtype)
     )
     kept = {name: jnp.where(accepted, step, 0) for name, step in steps.items()}
-    weights, probe_weights = named_leaves(params), named_leaves(probe)
-    layers = {
-        layer.path: block_state.learn(
-            layer,
-            begun[layer.path],
-            layers_lib.to_matrices(layer, weights),
-            layers_lib.to_matrices(layer, probe_weights),
-            measured.layers[layer.path],
-            probed.layers[layer.path],
-            settings.powell,
-            root,
-        )
-        for layer in present
-    }
+    layers = block_state.learn(
+        present,
+        begun,
+        named_leaves(params),
+        named_leaves(probe),
+        measured.layers,
+        probed.layers,
+        settings.powell,
+        root,
+    )
     updates = like(updates, gradients | kept, dtypes=params)
     return updates, state._replace(layers=layers, trust=learned)
 
@@ -287,6 +289,7 @@ def block_kbfgs(
     damping: ScalarOrSchedule = 0.03,
     *,
     pairs: Number = 8,
+    window: Number = 16,
     momentum: Number = 0.9,
     weight_decay: Number = 0.0,
     factor_decay: Number = 0.9,
@@ -302,6 +305,7 @@ def block_kbfgs(
             schedule.
         damping: lambda; a number above 0, or a schedule.
         pairs: q, how many pairs each factor takes in a step.
+        window: the output factors know the pairs of the last ``window / 2`` to ``window`` steps.
         momentum: decay of M, in [0, 1).
         weight_decay: tau, at least 0; ``tau`` times kernel and bias enters the gradient.
         factor_decay: decay of the running second moment of layer inputs, in [0, 1).
@@ -320,6 +324,7 @@ def block_kbfgs(
         learning_rate,
         damping,
         pairs=pairs,
+        window=window,
         momentum=momentum,
         factor_decay=factor_decay,
         powell=powell,

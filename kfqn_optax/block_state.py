@@ -1,20 +1,24 @@
 """What block K-BFGS keeps of a layer, and how it learns: q pairs a step on each side.
 
 Unlike K-BFGS's, the factors start from their damping alone, ``I / sqrt(lambda)``, the inverse of a
-matrix of which nothing is known yet but its damping.
+matrix of which nothing is known yet but its damping. The input factor is a matrix, whose pairs are
+exact; the output factor, whose pairs are noisy and soon out of date, forgets (`generations`).
+
+`begin` and `learn` take all layers at once; arguments by layer path.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kfqn_optax import block_bfgs, factors, pairs
+from kfqn_optax import block_bfgs, block_matrix, factors, generations, pairs
 from kfqn_optax.block_bfgs import Taken
+from kfqn_optax.generations import Generations
 from kfqn_optax.layer_state import COLUMNS, columns_of
-from kfqn_optax.layers import Layer
+from kfqn_optax.layers import Layer, to_matrices
 from kfqn_optax.options import Number, is_damping
 from kfqn_optax.pairs import matmul
 from kfqn_optax.statistics import LayerStatistics, Sketches, is_usable
@@ -25,26 +29,26 @@ class BlockState(NamedTuple):
 
     Attributes:
         input: H_a, inverse of the damped second moment of the inputs, [d_in, d_in].
-        output: H_g, inverse of the damped mean Hessian at the outputs, [d_out, d_out].
+        output: H_g, inverse of the damped mean Hessian at the outputs.
         input_moment: A, running average of the second moment of the inputs, [d_in, d_in].
         stage: how many batches A has taken in, int32.
         counts: how often what happened, since the start (`layer_state.COLUMNS`), int32; `health`
-            reads it. Each side offers q pairs a step; a reset is counted beside them.
+            reads it. Each side offers q pairs a step.
     """
 
     input: jax.Array
-    output: jax.Array
+    output: Generations
     input_moment: jax.Array
     stage: jax.Array
     counts: jax.Array
 
 
-def init(layer: Layer, dtype: Any) -> BlockState:
+def init(layer: Layer, dtype: Any, pairs_of_step: int, window: int) -> BlockState:
     """Both factors the identity, until the first batch; A 0."""
     d_in, d_out = layer.d_in, layer.d_out
     state = BlockState(
         input=jnp.eye(d_in, dtype=dtype),
-        output=jnp.eye(d_out, dtype=dtype),
+        output=generations.init(d_out, pairs_of_step, window, dtype),
         input_moment=jnp.zeros((d_in, d_in), dtype),
         stage=jnp.zeros((), jnp.int32),
         counts=jnp.zeros(len(COLUMNS), jnp.int32),
@@ -52,63 +56,100 @@ def init(layer: Layer, dtype: Any) -> BlockState:
     return layer.for_each_block(state)
 
 
+class _Pairs(NamedTuple):
+    """A step's pairs for one side of a layer.
+
+    Attributes:
+        s: changes of the point, [q, d].
+        y: changes of the gradient, [q, d].
+        refusal: why pairs are not offered, [q] or [] for all; `pairs.UPDATED` if they are.
+    """
+
+    s: jax.Array
+    y: jax.Array
+    refusal: jax.Array
+
+
 def begin(
-    layer: Layer,
-    state: BlockState,
-    measured: LayerStatistics | None,
+    layers: Sequence[Layer],
+    states: Mapping[str, BlockState],
+    measured: Mapping[str, LayerStatistics],
     factor_decay: Number,
     powell: Number,
     root: jax.Array,
-) -> BlockState:
-    """A layer whose A has taken in the batch, and whose input factor q exact pairs.
+) -> dict[str, BlockState]:
+    """Layers whose A has taken in the batch, and whose input factors q exact pairs.
 
     The pairs are the paper's Hessian action, ``s = H_a x`` and ``y = (A + lambda_A I) s``, for q
     sketches x of the inputs instead of their mean.
     """
-    if measured is None:
-        return state
-    start = _start(root)
 
-    def of_one(state: BlockState, seen: LayerStatistics) -> BlockState:
-        X, batch = _sketches(layer, seen).input, jnp.asarray(seen.input_moment)
+    def take_in(
+        state: BlockState, seen: LayerStatistics, X: jax.Array
+    ) -> tuple[BlockState, _Pairs]:
+        batch = jnp.asarray(seen.input_moment)
         reached = (seen.rows > 0) & is_damping(root)
         usable = reached & is_usable(jnp.sum(jnp.abs(batch), axis=-1))
-        fresh = usable & (state.stage == 0)
-        H_a, H_g = (
-            jnp.where(fresh, start.astype(H.dtype) * jnp.eye(len(H), dtype=H.dtype), H)
-            for H in (state.input, state.output)
-        )
-        n = state.stage.astype(H_a.dtype)
-        decay = jnp.minimum(jnp.asarray(factor_decay, H_a.dtype), n / (n + 1))
+        fresh, start = usable & (state.stage == 0), _start(root).astype(batch.dtype)
+        H_a = jnp.where(fresh, start * jnp.eye(len(batch), dtype=batch.dtype), state.input)
+        H_g = state.output._replace(scale=jnp.where(usable, start, state.output.scale))
+        n = state.stage.astype(batch.dtype)
+        decay = jnp.minimum(jnp.asarray(factor_decay, batch.dtype), n / (n + 1))
         A = jnp.where(usable, decay * state.input_moment + (1 - decay) * batch, state.input_moment)
         S = matmul(jnp.where(usable, X, 0), H_a)
         Y = matmul(S, A) + root.astype(S.dtype) * S
-        H_a, taken = block_bfgs.update(H_a, S, Y, powell, start.astype(S.dtype))
         refusal = jnp.select(
             [seen.rows == 0, ~usable], [pairs.NOT_MEASURED, pairs.NOT_FINITE], pairs.UPDATED
         )
-        counts = state.counts + _counted("input_status", taken, refusal)
-        return BlockState(H_a, H_g, A, state.stage + usable, counts)
+        return BlockState(H_a, H_g, A, state.stage + usable, state.counts), _Pairs(S, Y, refusal)
 
-    return layer.over_blocks(of_one)(state, measured)
+    taken_in = {
+        layer.path: layer.over_blocks(take_in)(
+            states[layer.path],
+            measured[layer.path],
+            _sketches(layer, measured[layer.path]).input,
+        )
+        for layer in layers
+    }
+    states = {path: state for path, (state, _) in taken_in.items()}
+    pairs_of = {path: offered for path, (_, offered) in taken_in.items()}
+    start = _start(root)
+    return _learn(
+        layers,
+        states,
+        pairs_of,
+        "input",
+        lambda H, s, y: block_matrix.offer(H, s, y, start.astype(s.dtype)),
+        lambda H, offer, solved: block_matrix.take(H, offer, solved, start.astype(H.dtype)),
+        powell,
+    )
 
 
 def learn(
-    layer: Layer,
-    state: BlockState,
+    layers: Sequence[Layer],
+    states: Mapping[str, BlockState],
     before: Mapping[str, jax.Array],
     after: Mapping[str, jax.Array],
-    at: LayerStatistics,
-    plus: LayerStatistics,
+    at: Mapping[str, LayerStatistics],
+    plus: Mapping[str, LayerStatistics],
     powell: Number,
     root: jax.Array,
-) -> BlockState:
-    """A layer whose output factor has taken q pairs of the changes from parameters to probe."""
-    start = _start(root)
+) -> dict[str, BlockState]:
+    """Layers whose output factors have taken q pairs of the changes from parameters to probe.
 
-    def of_one(state, before, after, at: LayerStatistics, plus: LayerStatistics) -> BlockState:
+    Args:
+        layers: whose states they are.
+        states: from `begin`.
+        before: the parameters, by path.
+        after: those of the probe.
+        at: statistics at the parameters.
+        plus: statistics at the probe.
+        powell: mu_1 of Powell's damping.
+        root: sqrt(lambda).
+    """
+
+    def change(state, before, after, at, plus, x: Sketches, x_plus: Sketches) -> _Pairs:
         known = (at.rows > 0) & (plus.rows > 0) & is_damping(root) & (state.stage > 0)
-        x, x_plus = _sketches(layer, at), _sketches(layer, plus)
         S = factors.change_of_output(before, after, x.input, x_plus.input)
         change = x_plus.cotangent - x.cotangent
         # Of a step so short that cotangents change in their last digits only, nothing is learned.
@@ -118,35 +159,89 @@ def learn(
         is_number = told | jnp.isfinite(size + rounding + _lengths(S))
         Y = change + root.astype(S.dtype) * S
         usable = (known & told)[:, None]
-        S, Y = jnp.where(usable, S, 0), jnp.where(usable, Y, 0)
-        H_g, taken = block_bfgs.update(state.output, S, Y, powell, start.astype(S.dtype))
         refusal = jnp.select(
             [(at.rows == 0) | (plus.rows == 0), ~(known & is_number), ~told],
             [pairs.NOT_MEASURED, pairs.NOT_FINITE, pairs.ROUNDING],
             pairs.UPDATED,
         )
-        counts = state.counts + _counted("output_status", taken, refusal)
-        return state._replace(output=H_g, counts=counts)
+        return _Pairs(jnp.where(usable, S, 0), jnp.where(usable, Y, 0), refusal)
 
-    return layer.over_blocks(of_one)(state, before, after, at, plus)
+    pairs_of = {
+        layer.path: layer.over_blocks(change)(
+            states[layer.path],
+            to_matrices(layer, before),
+            to_matrices(layer, after),
+            at[layer.path],
+            plus[layer.path],
+            _sketches(layer, at[layer.path]),
+            _sketches(layer, plus[layer.path]),
+        )
+        for layer in layers
+    }
+    return _learn(layers, states, pairs_of, "output", generations.offer, generations.take, powell)
+
+
+def _learn(
+    layers: Sequence[Layer],
+    states: Mapping[str, BlockState],
+    pairs_of: Mapping[str, _Pairs],
+    side: str,
+    offer: Callable,
+    take: Callable,
+    powell: Number,
+) -> dict[str, BlockState]:
+    """The states after one side has been offered its pairs; what became of these is counted.
+
+    Products with matrices are taken layer by layer, what lies between for all layers at once.
+
+    Args:
+        layers: whose states they are.
+        states: before.
+        pairs_of: the pairs.
+        side: "input" or "output".
+        offer: of the module that knows how this side is kept.
+        take: the same.
+        powell: mu_1.
+    """
+    held = {layer.path: getattr(states[layer.path], side) for layer in layers}
+    offers = {
+        layer.path: layer.over_blocks(offer)(
+            held[layer.path], pairs_of[layer.path].s, pairs_of[layer.path].y
+        )
+        for layer in layers
+    }
+    solved = block_bfgs.solve_all(
+        {path: offer.products for path, offer in offers.items()},
+        {path: offer.usable for path, offer in offers.items()},
+        powell,
+    )
+    learned = {}
+    for layer in layers:
+        state, path = states[layer.path], layer.path
+        H, taken = layer.over_blocks(take)(held[path], offers[path], solved[path])
+        counts = state.counts + _counted(side, taken, pairs_of[path].refusal)
+        learned[path] = state._replace(**{side: H}, counts=counts)
+    return learned
 
 
 def _counted(side: str, taken: Taken, refusal: jax.Array) -> jax.Array:
-    """What became of the q pairs of one side, int32 by `COLUMNS`.
+    """What became of the pairs of one side, int32, [*blocks, columns] by `COLUMNS`.
 
     Args:
-        side: "input_status" or "output_status".
-        taken: from `block_bfgs.update`.
-        refusal: why pairs were not offered to it, [q] or [] for all; `pairs.UPDATED` if they were.
+        side: "input" or "output".
+        taken: [*blocks, q].
+        refusal: see `_Pairs`, [*blocks, q] or [*blocks].
     """
+    if refusal.ndim < taken.status.ndim:
+        refusal = refusal[..., None]
     offered = jnp.broadcast_to(refusal == pairs.UPDATED, taken.status.shape)
-    happened = {side: jnp.where(offered, taken.status, refusal)}
-    if side == "output_status":
+    happened = {f"{side}_status": jnp.where(offered, taken.status, refusal)}
+    if side == "output":
         happened |= {"powell_damped": taken.damped, "second_damped": offered}
     happened = {field: value.astype(jnp.int32) for field, value in happened.items()}
-    counted = jnp.sum(columns_of(happened), axis=0, dtype=jnp.int32)
-    is_reset = np.array([column == (side, pairs.RESET) for column in COLUMNS], np.int32)
-    return counted + taken.reset * is_reset
+    counted = jnp.sum(columns_of(happened), axis=-2, dtype=jnp.int32)
+    is_reset = np.array([column == (f"{side}_status", pairs.RESET) for column in COLUMNS], np.int32)
+    return counted + taken.reset[..., None] * is_reset
 
 
 def _sketches(layer: Layer, seen: LayerStatistics) -> Sketches:

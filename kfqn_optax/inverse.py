@@ -1,8 +1,9 @@
 """The inverse of one side of a layer, in whichever way it is kept.
 
-Dense, a matrix updated by BFGS (`bfgs`); limited-memory, a few stored pairs (`lbfgs`); or diagonal,
-for the input side of an embedding: its one-hot inputs have a diagonal second moment, whose inverse
-can simply be written down. What a state holds tells which it is.
+Dense, a matrix updated by BFGS (`bfgs`); limited-memory, a few stored pairs (`lbfgs`), which may be
+those of two `generations`; or diagonal, for the input side of an embedding: its one-hot inputs have
+a diagonal second moment, whose inverse can simply be written down. What a state holds tells which
+it is.
 """
 
 from collections.abc import Mapping
@@ -11,7 +12,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from kfqn_optax import bfgs, lbfgs
+from kfqn_optax import bfgs, generations, lbfgs
+from kfqn_optax.generations import Generations
 from kfqn_optax.lbfgs import Memory
 
 
@@ -25,18 +27,22 @@ class Diagonal(NamedTuple):
     inverse: jax.Array
 
 
-Factor = jax.Array | Memory | Diagonal
+Factor = jax.Array | Memory | Generations | Diagonal
 
 
 def apply(H: Factor, vectors: jax.Array) -> jax.Array:
     """H times a vector [d] or the columns of a matrix [d, k]."""
     if isinstance(H, Diagonal):
         return H.inverse.reshape(-1, *[1] * (vectors.ndim - 1)) * vectors
+    if isinstance(H, Generations):
+        H = generations.elder(H)
     return lbfgs.apply(H, vectors) if isinstance(H, Memory) else bfgs.apply(H, vectors)
 
 
-def apply_to_rows(H: jax.Array | Memory, vectors: jax.Array) -> jax.Array:
+def apply_to_rows(H: jax.Array | Memory | Generations, vectors: jax.Array) -> jax.Array:
     """H times the rows of a matrix, [k, d]; H is symmetric."""
+    if isinstance(H, Generations):
+        H = generations.elder(H)
     if isinstance(H, Memory):
         return lbfgs.apply_to_rows(H, vectors)
     return bfgs.apply_to_rows(H, vectors)
@@ -140,11 +146,13 @@ def size(H: Factor) -> int:
     """d, the number of rows of H."""
     if isinstance(H, Diagonal):
         return H.inverse.shape[-1]
-    return H.s.shape[-1] if isinstance(H, Memory) else H.shape[-1]
+    return H.s.shape[-1] if isinstance(H, Memory | Generations) else H.shape[-1]
 
 
 def words(H: Factor) -> str:
     """How H is kept, in a few characters."""
     if isinstance(H, Diagonal):
         return f"{size(H)} diagonal"
-    return f"{H.s.shape[-2]} pairs of {size(H)}" if isinstance(H, Memory) else f"{size(H)}^2"
+    if isinstance(H, Memory | Generations):
+        return f"{H.s.shape[-2]} pairs of {size(H)}"
+    return f"{size(H)}^2"

@@ -5,7 +5,9 @@ H_0 = I). Write S and Y for the matrices with the pairs as columns, D for the di
 and R for its upper triangle, diagonal included. The compact representation of Byrd, Nocedal and
 Schnabel (1994, theorem 2.2, with gamma = 1) is, with its terms grouped as two squares,
 
-    H = V^T V + S R^-T D R^-1 S^T,    V = I - Y R^-1 S^T.
+    H = V^T V + S R^-T D R^-1 S^T,    V = I - Y R^-1 S^T,
+
+and ``c V^T V`` for the first term where BFGS starts from c I.
 
 Grouped so, it needs no ``Y^T Y``, is symmetric and has no negative eigenvalue whatever rounding
 did to R^-1, and costs six matrix products: it is the two-loop recursion with blocks for loops.
@@ -35,6 +37,7 @@ class Memory(NamedTuple):
         sy: the inner products s.y, the diagonal of D, [p].
         R_inverse: R^-1, upper triangular, [p, p].
         count: how many pairs are stored, int32 scalar.
+        scale: c, scalar; None for 1.
     """
 
     s: jax.Array
@@ -42,6 +45,7 @@ class Memory(NamedTuple):
     sy: jax.Array
     R_inverse: jax.Array
     count: jax.Array  # pyright: ignore[reportIncompatibleMethodOverride]
+    scale: jax.Array | None = None
 
 
 def init(d: int, memory_size: int, dtype: jnp.dtype) -> Memory:
@@ -73,7 +77,7 @@ def update(H: Memory, pair: Pair, status: jax.Array) -> tuple[Memory, jax.Array]
     """
     stored = _push(H, pair)
     verdict = jnp.select(
-        [~_is_finite(stored), _is_lost(stored)], [pairs.NOT_FINITE, pairs.RESET], pairs.UPDATED
+        [~is_finite(stored), _is_lost(stored)], [pairs.NOT_FINITE, pairs.RESET], pairs.UPDATED
     )
     offered = status == pairs.UPDATED
     status = jnp.where(offered, verdict, status).astype(status.dtype)
@@ -112,13 +116,13 @@ def _push(H: Memory, pair: Pair) -> Memory:
     )
 
 
-def _is_finite(H: Memory) -> jax.Array:
+def is_finite(H: Memory) -> jax.Array:
     """Whether H and all that `apply` forms on the way fit in the dtype, for entries up to 1.
 
     These signs turn each subtraction in `apply` into an addition of absolute values: nothing
     cancels, and an overflow anywhere on the way comes out as inf or nan.
     """
-    signs = Memory(jnp.abs(H.s), -jnp.abs(H.y), H.sy, jnp.abs(H.R_inverse), H.count)
+    signs = Memory(jnp.abs(H.s), -jnp.abs(H.y), H.sy, jnp.abs(H.R_inverse), H.count, H.scale)
     return jnp.all(jnp.isfinite(apply(signs, jnp.ones_like(H.s[0]))))
 
 
@@ -149,13 +153,13 @@ def apply(H: Memory, vectors: jax.Array) -> jax.Array:
     """H times the columns of ``vectors``, [d, k] -> [d, k], or times one vector, [d] -> [d].
 
     In the letters of the two-loop recursion (Nocedal and Wright, algorithm 7.4): the first loop
-    is ``alpha = R^-1 S^T v``, ``q = v - Y alpha``; the second ``q + S R^-T (D alpha - Y^T q)``.
+    is ``alpha = R^-1 S^T v``, ``q = c (v - Y alpha)``; the second ``q + S R^-T (D alpha - Y^T q)``.
     Costs 8 p d k + 4 p^2 k FLOPs.
     """
     if vectors.ndim == 1:
         return apply(H, vectors[:, None])[:, 0]
     alpha = pairs.matmul(H.R_inverse, pairs.matmul(H.s, vectors))
-    q = vectors - pairs.matmul(H.y.T, alpha)
+    q = _scaled(H, vectors - pairs.matmul(H.y.T, alpha))
     beta = H.sy[:, None] * alpha - pairs.matmul(H.y, q)
     return q + pairs.matmul(H.s.T, pairs.matmul(H.R_inverse.T, beta))
 
@@ -163,9 +167,13 @@ def apply(H: Memory, vectors: jax.Array) -> jax.Array:
 def apply_to_rows(H: Memory, vectors: jax.Array) -> jax.Array:
     """H times the rows of ``vectors``, [k, d] -> [k, d]: `apply` without transposing them."""
     alpha = pairs.matmul(pairs.matmul(vectors, H.s.T), H.R_inverse.T)
-    q = vectors - pairs.matmul(alpha, H.y)
+    q = _scaled(H, vectors - pairs.matmul(alpha, H.y))
     beta = H.sy[None, :] * alpha - pairs.matmul(q, H.y.T)
     return q + pairs.matmul(pairs.matmul(beta, H.R_inverse), H.s)
+
+
+def _scaled(H: Memory, vectors: jax.Array) -> jax.Array:
+    return vectors if H.scale is None else H.scale * vectors
 
 
 def dense(H: Memory) -> jax.Array:

@@ -92,9 +92,10 @@ class Options:
             raise ValueError(f"split must be one of {', '.join(SPLITS)}, got {self.split!r}.")
 
 
-def check_size(name: str, value: Number) -> None:
-    """Raises unless ``value`` is a whole number of at least 1, as far as that can be seen."""
-    check(name, value, lambda v: v >= 1 and v == int(v), "a whole number of at least 1")
+def check_size(name: str, value: Number, step: int = 1) -> None:
+    """Raises unless ``value`` is a multiple of ``step`` above 0, as far as that can be seen."""
+    words = "a whole number of at least 1" if step == 1 else f"a multiple of {step} above 0"
+    check(name, value, lambda v: v >= step and v % step == 0, words)
 
 
 def known_size(name: str, value: Number) -> int:

@@ -25,13 +25,15 @@ class BlockMlp(reference.Mlp):
     Args:
         *args: as for `Mlp`; lr multiplies the step to the minimum.
         pairs: q.
+        window: steps that a generation of output pairs grows.
         decay: of A.
         **kwargs: as for `Mlp`.
     """
 
-    def __init__(self, *args, pairs=3, decay=0.9, **kwargs):
+    def __init__(self, *args, pairs=3, window=4, decay=0.9, **kwargs):
         super().__init__(*args, **kwargs)
-        self.q, self.decay = pairs, decay
+        self.q, self.window, self.decay = pairs, window, decay
+        self.remembered = [[] for _ in self.H_g]
         root = np.sqrt(self.damping)
         self.H_a, self.H_g = ([H / root for H in side] for side in (self.H_a, self.H_g))
         self.radius, self.kappa, self.rejected, self.powell_damped, self.judged = 3.0, 1.0, 0, 0, 0
@@ -70,14 +72,32 @@ class BlockMlp(reference.Mlp):
             S = E.T @ (probed[i] @ new[i].T - seen[i] @ old[i].T)
             Y = E.T @ (g_probed[i] - g_seen[i])
             sizes = np.linalg.norm(E.T @ g_seen[i], axis=1)
-            for s, y, size in zip(S, Y, sizes, strict=True):
-                if np.linalg.norm(y) > 100 * np.finfo(float).eps * size:
-                    self.H_g[i], damped = damped_bfgs(self.H_g[i], s, y + root * s, 0.2)
-                    self.powell_damped += damped
+            told = [
+                (s, y + root * s)
+                for s, y, size in zip(S, Y, sizes, strict=True)
+                if np.linalg.norm(y) > 100 * np.finfo(float).eps * size
+            ]
+            if told:
+                self.remembered[i].append(told)
+                self.H_g[i] = self.from_memory(self.remembered[i], len(S[0]))
         accepted = self.judge(a, a * a * curvature, slope_c, before, after)
         self.W = new if accepted else old
         self.count += 1
         return [-a * p * accepted for p in P]
+
+    def from_memory(self, steps, d):
+        """H_g, made anew from the steps that the elder generation has seen."""
+        half = self.window // 2
+        last = (len(steps) - 1) % self.window
+        age = last + 1 if last >= half else last + 1 + half
+        H = np.eye(d) / np.sqrt(self.damping)
+        for told in steps[-age:]:
+            counted = 0
+            for s, y in told:
+                H, damped = damped_bfgs(H, s, y, 0.2)
+                counted += damped
+        self.powell_damped += counted
+        return H
 
     def judge(self, a, squared, slope, before, after):
         """Whether the step is taken; radius and kappa change."""

@@ -12,14 +12,19 @@ from models import problem, relative
 from steps import D0, D1, batches_for, equal, layers_of, matrices, types
 
 import kfqn_optax as kfqn
-from kfqn_optax import block_bfgs, pairs, trust
+from kfqn_optax import block_bfgs, block_matrix, generations, inverse, pairs, trust
 from kfqn_optax.sketch import signs
 
-PAIRS, PART = 3, 4
+PAIRS, WINDOW, PART = 3, 4, 4
 
 
 def make(lr=1.0, damping=0.1, **options):
-    return kfqn.scale_by_block_kbfgs(lr, damping, pairs=PAIRS, **options)
+    return kfqn.scale_by_block_kbfgs(lr, damping, pairs=PAIRS, window=WINDOW, **options)
+
+
+def dense(H):
+    """The output factor as a matrix."""
+    return inverse.apply(H, jnp.eye(inverse.size(H), dtype=H.s.dtype))
 
 
 def step_of(tx, loss_fn):
@@ -62,7 +67,14 @@ def test_against_numpy(lr):
     loss_fn, params, *_ = problem((6, 3), batch=12)
     step, state = step_of(make(lr), loss_fn), make(lr).init(params)
     numpy = BlockMlp(
-        matrices(params), ["relu", "linear"], "half_mse", lr, 0.1, weight_decay=0.0, pairs=PAIRS
+        matrices(params),
+        ["relu", "linear"],
+        "half_mse",
+        lr,
+        0.1,
+        weight_decay=0.0,
+        pairs=PAIRS,
+        window=WINDOW,
     )
     for k, (x, t) in enumerate(batches_for(params, batch=12, count=steps)):
         updates, state = step(params, state, x, t)
@@ -73,7 +85,7 @@ def test_against_numpy(lr):
             if np.abs(moves[i]).max():
                 assert relative(matrices(updates)[i], moves[i]) < 1e-8, k
             assert relative(held.input, numpy.H_a[i]) < 1e-8, k
-            assert relative(held.output, numpy.H_g[i]) < 1e-8, k
+            assert relative(dense(held.output), numpy.H_g[i]) < 1e-8, k
             assert relative(held.input_moment, numpy.A[i]) < 1e-9, k
         assert state.trust.radius == pytest.approx(numpy.radius, rel=1e-7)
         assert state.trust.kappa == pytest.approx(numpy.kappa, rel=1e-7)
@@ -135,7 +147,7 @@ def test_inputs_that_are_not_finite(tiny):
         now = layers_of(after)[path]
         if path == D0:
             equal(now.input_moment, held.input_moment)
-        for H in (now.input, now.output):
+        for H in (now.input, dense(now.output)):
             assert (np.linalg.eigvalsh(H) > 0).all()
     before, counted = kfqn.health(state), kfqn.health(after)
     assert counted[D0].input["not finite"] == PAIRS
@@ -164,14 +176,13 @@ def test_a_factor_that_is_lost_is_counted(tiny):
     loss_fn, params, step = tiny
     x, t = next(batches_for(params, batch=12))
     _, state = step(params, make().init(params), x, t)
-    for side in ("input", "output"):
-        held = layers_of(state)[D0]
-        ruined = held._replace(**{side: -jnp.eye(len(getattr(held, side)))})
-        _, after = step(params, state._replace(layers=state.layers | {D0: ruined}), x, t)
-        health = kfqn.health(after)
-        assert getattr(health[D0], side)["reset: positive definiteness lost in rounding"] == 1
-        assert health.totals()["reset"] == 1
-        assert np.linalg.eigvalsh(getattr(layers_of(after)[D0], side))[0] > 0
+    held = layers_of(state)[D0]
+    ruined = held._replace(input=-jnp.eye(len(held.input)))
+    _, after = step(params, state._replace(layers=state.layers | {D0: ruined}), x, t)
+    health = kfqn.health(after)
+    assert health[D0].input["reset: positive definiteness lost in rounding"] == 1
+    assert health.totals()["reset"] == 1
+    assert np.linalg.eigvalsh(layers_of(after)[D0].input)[0] > 0
 
 
 def test_a_step_of_last_digits_teaches_the_output_side_nothing(tiny):
@@ -209,7 +220,8 @@ def test_learning_rates(rate):
     if rate == 0:
         equal(params, begin)
         for layer in layers_of(state).values():
-            assert relative(layer.output, np.eye(len(layer.output)) / np.sqrt(0.03)) < 1e-6
+            d = inverse.size(layer.output)
+            assert relative(dense(layer.output), np.eye(d) / np.sqrt(0.03)) < 1e-6
         for layer in kfqn.health(state).values():
             assert layer.output["only rounding"] == 60 * PAIRS
     else:
@@ -224,10 +236,11 @@ def test_float32_factors_stay_positive_definite():
         updates, state = step(params, state, x, t)
         params = jax.tree.map(lambda p, u: p - u, params, updates)
     for layer in layers_of(state).values():
-        for H in (layer.input, layer.output):
-            np.testing.assert_array_equal(H, H.T)
-            assert np.linalg.eigvalsh(np.asarray(H, np.float64))[0] > 0
-    assert H.dtype == jnp.float32
+        np.testing.assert_array_equal(layer.input, layer.input.T)
+        output = np.asarray(dense(layer.output), np.float64)
+        for H in (np.asarray(layer.input, np.float64), (output + output.T) / 2):
+            assert np.linalg.eigvalsh(H)[0] > 0
+    assert layer.input.dtype == layer.output.s.dtype == jnp.float32
 
 
 def test_without_curvature(tiny):
@@ -253,6 +266,8 @@ def test_refusals():
         make(max_factor_dim=4).init(params)
     with pytest.raises(ValueError, match="pairs must be a whole number of at least 1, got 0"):
         kfqn.block_kbfgs(pairs=0)
+    with pytest.raises(ValueError, match="window must be a multiple of 2 above 0, got 5"):
+        kfqn.block_kbfgs(window=5)
 
     def one_by_one(params, x, t):
         return jnp.mean(jax.vmap(lambda x, t: loss_fn(params, x[None], t[None]))(x, t))
@@ -263,7 +278,21 @@ def test_refusals():
 
 # --- the parts ------------------------------------------------------------------------------------
 
-update = jax.jit(block_bfgs.update)
+
+@jax.jit
+def update(H, s, y, powell, start):
+    """A matrix after q pairs."""
+    offer = block_matrix.offer(H, s, y, start)
+    solved = block_bfgs.solve(offer.products, offer.usable, powell)
+    return block_matrix.take(H, offer, solved, start)
+
+
+@jax.jit
+def grow(H, s, y, powell):
+    """Generations after q pairs, and what became of these."""
+    offer = generations.offer(H, s, y)
+    solved = block_bfgs.solve_all({0: offer.products}, {0: offer.usable}, powell)[0]
+    return generations.take(H, offer, solved)
 
 
 @settings(max_examples=60, deadline=None)

@@ -16,33 +16,50 @@ _RATE = "tests/test_block.py::test_against_numpy[2.5]"
 _INPUTS = "tests/test_block.py::test_inputs_that_are_not_finite"
 _REACHED = "tests/test_block.py::test_layers_that_are_not_reached"
 _DIGITS = "tests/test_block.py::test_a_step_of_last_digits_teaches_the_output_side_nothing"
+_LAST = "tests/test_generations.py::test_bfgs_of_the_last_steps"
+_LEFT_OUT = "tests/test_generations.py::test_pairs_that_are_of_no_use"
+_AS_A_WHOLE = "tests/test_generations.py::test_a_step_that_would_overflow_is_left_out_as_a_whole"
 _COUNTED = "tests/test_block.py::test_a_factor_that_is_lost_is_counted"
 _SIGNS = "tests/test_block.py::test_signs"
 _STACK = "tests/test_sketch.py::test_sketches_from_single_examples[of_stack]"
 
-_update = in_file("block_bfgs", _IN_TURN, _NO_USE, _FITS, _LOST)
+_solve = in_file("block_bfgs", _IN_TURN, _NO_USE, _FITS, _LAST)
+_matrix = in_file("block_matrix", _IN_TURN, _NO_USE, _FITS, _LOST)
+_generations = in_file("generations", _LAST, _LEFT_OUT, _AS_A_WHOLE)
 _trust = in_file("trust", _NOWHERE, _RISE, _LOSS, _BOUNDS, _PARABOLA)
 _state = in_file("block_state", _NUMPY)
 _sketch = in_file("sketch", _SIGNS, _STACK)
 
 BLOCK = (
-    _update("by_powell = sy <= powell * yHy", "by_powell = sy <= yHy"),
-    _update("t * e + (1 - t) * w, e)", "(1 - t) * e + t * w, e)"),
-    _update("sy = jnp.where(by_powell, powell * yHy, sy)", ""),
-    _update("dtype=H.dtype) + pairs.matvec(C, products)", "dtype=H.dtype)"),
-    _update("jnp.isfinite(s) & jnp.isfinite(y), axis", "jnp.isfinite(s), axis"),
-    _update("jnp.isfinite(s) & jnp.isfinite(y), axis", "jnp.isfinite(y), axis"),
-    _update("(yHy < 0) | ~jnp.isfinite(yHy)", "(yHy < 0)"),
-    _update("(yHy < 0) | ~jnp.isfinite(yHy)", "~jnp.isfinite(yHy)"),
-    _update("& jnp.isfinite(jnp.sum(y * y))", ""),
-    _update("Hy = jnp.where(reset, start * y, Hy)", ""),
-    _update("yHy <= 0, small, ~ok]", "yHy < 0, small, ~ok]"),
-    _update("sy <= numbers.tiny / numbers.eps, sy", "sy <= 0, sy"),
-    _update("sy >= numbers.max * numbers.eps", "sy >= numbers.max"),
-    _update("ok & by_powell)", "by_powell)"),
-    _update("V, U = jnp.where(fits, V, 0), jnp.where(fits, U, 0)", ""),
-    _update("fits | (status != pairs.UPDATED), status", "True, status"),
-    _update("damped & fits, reset", "damped, reset"),
+    _solve("by_powell = sy <= powell * yHy", "by_powell = sy <= yHy"),
+    _solve("t * e + (1 - t) * w, e)", "(1 - t) * e + t * w, e)"),
+    _solve("sy = jnp.where(by_powell, powell * yHy, sy)", ""),
+    _solve("dtype=dtype) + pairs.matvec(C, of_pair)", "dtype=dtype)"),
+    _solve("yHy <= 0, small, ~fits]", "yHy < 0, small, ~fits]"),
+    _solve("sy <= numbers.tiny / numbers.eps, sy", "sy <= 0, sy"),
+    _solve("sy >= numbers.max * numbers.eps", "sy >= numbers.max"),
+    _solve("ok & by_powell)", "by_powell)"),
+    _solve("column = -rho * pairs", "column = rho * pairs"),
+    _solve("column + rho * at_i, 0)", "column + at_i, 0)"),
+    _solve("fits & (status == pairs.UPDATED)", "False", _FITS),
+    _solve("damped & fits, reset", "damped, reset", _FITS),
+    _matrix("jnp.isfinite(s) & jnp.isfinite(y), axis", "jnp.isfinite(s), axis"),
+    _matrix("jnp.isfinite(s) & jnp.isfinite(y), axis", "jnp.isfinite(y), axis"),
+    _matrix("(yHy < 0) | ~jnp.isfinite(yHy)", "(yHy < 0)"),
+    _matrix("(yHy < 0) | ~jnp.isfinite(yHy)", "~jnp.isfinite(yHy)"),
+    _matrix("& jnp.isfinite(jnp.sum(y * y))", ""),
+    _matrix("jnp.where(reset, start * y, Hy)", "Hy"),
+    _matrix("s, other = jnp.where(fits, s, 0), jnp.where(fits, other, 0)", ""),
+    _generations("jnp.asarray([0, m // 2])", "jnp.asarray([0, 0])"),
+    _generations("(H.next - 1) % m >= m // 2", "H.next % m >= m // 2"),
+    _generations("(H.next - 1) % m >= m // 2", "(H.next - 1) % m < m // 2"),
+    _generations("sy=jnp.where(due[:, None], 0, H.sy)", "sy=H.sy"),
+    _generations("jnp.where(due[:, None, None], 0, H.R_inverse)", "H.R_inverse"),
+    _generations("columns = -jax", "columns = jax"),
+    _generations("jnp.isfinite(s) & jnp.isfinite(y), axis", "jnp.isfinite(s), axis"),
+    _generations("jnp.where(goes_on, x, held)", "x"),
+    _generations("fits = jnp.all(", "fits = jnp.any("),
+    _generations("next=(H.next + q) % m", "next=H.next + q"),
     _trust("usable = (slope > 0) & (curvature > 0)", "usable = (curvature > 0)"),
     _trust(
         "usable = (slope > 0) & (curvature > 0)",
@@ -74,8 +91,8 @@ BLOCK = (
     _state("[(at.rows == 0) | (plus.rows == 0)", "[(at.rows != 0) | (plus.rows == 0)"),
     _state("[seen.rows == 0, ~usable]", "[~usable, ~usable]", _INPUTS, _REACHED),
     _state("n / (n + 1)", "1"),
-    _state("fresh = usable & (state.stage == 0)", "fresh = usable & False"),
-    _state("taken.reset * np", "0 * np", _COUNTED),
+    _state("usable & (state.stage == 0), _start", "usable & False, _start"),
+    _state("taken.reset[..., None] *", "0 *", _COUNTED),
     _sketch("drawn / np.sqrt(examples)", "drawn / examples"),
     _sketch("totals = jnp.sum(rows", "totals = jnp.mean(rows"),
     _sketch(

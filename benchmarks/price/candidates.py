@@ -1,7 +1,7 @@
 """Optimizers and options by name, and how each makes one step."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -26,7 +26,8 @@ class Candidate:
         input_memory: pairs on the input side; None for a matrix.
         output_memory: the same on the output side.
         every: curvature is measured in every so many steps.
-        one_pass: whether loss and gradient are taken from the curvature's own pass.
+        asked: the arguments of `kfqn.value_and_grad`, where loss and gradient are taken from the
+            curvature's own pass (those of further examples are added); None where they are apart.
         extra: further extra arguments of ``update``, from the loss and the batch.
     """
 
@@ -37,7 +38,7 @@ class Candidate:
     input_memory: int | None = None
     output_memory: int | None = None
     every: int = 1
-    one_pass: bool = False
+    asked: Mapping[str, Any] | None = None
     extra: Callable[..., dict[str, Any]] | None = None
 
 
@@ -83,7 +84,10 @@ MAIN = {
     "kbfgs, factors kept": _ours(kfqn.kbfgs, None),
 }
 MORE = {
-    "kbfgs, one pass": dataclasses.replace(_ours(kfqn.kbfgs), one_pass=True),
+    **{
+        f"{name}, one pass": dataclasses.replace(MAIN[name], asked=asked)
+        for name, asked in {"kbfgs": {}, "fast": {}, "block": {"sketches": 8}}.items()
+    },
     "kfqn, 20 pairs out": _ours(kfqn.kfqn, moment=False, output_memory=20),
     "kbfgs_l, a tenth": _ours(kfqn.kbfgs_l, 0.1, output=100),
     "kfqn, 20 pairs each": _ours(kfqn.kfqn, moment=False, input_memory=20, output_memory=20),
@@ -119,13 +123,32 @@ def plain_step(problem: Problem) -> Callable:
     return step
 
 
+def split(problem: Problem, candidate: Candidate, batch: Any) -> tuple[Any, Any]:
+    """The examples that curvature is measured on, and the others; None where there are none."""
+    measured = max(1, round(problem.examples * (candidate.examples or 1)))
+    if measured == problem.examples:
+        return batch, None
+    return jax.tree.map(lambda x: x[:measured], batch), jax.tree.map(lambda x: x[measured:], batch)
+
+
 def curvature(problem: Problem, candidate: Candidate, params: Any, batch: Any) -> Any:
     """The ``curvature_fn`` that a candidate hands to its update; None for a step without."""
     if candidate.examples is None:
         return None
-    measured = max(1, round(problem.examples * candidate.examples))
-    part = batch if candidate.examples == 1 else jax.tree.map(lambda x: x[:measured], batch)
+    part, _ = split(problem, candidate, batch)
     return kfqn.curvature_fn(problem.loss_fn, params, *part)
+
+
+def one_pass(problem: Problem, candidate: Candidate, params: Any, batch: Any) -> Any:
+    """Loss, gradient and ``curvature_fn`` of a step in which no example is seen twice."""
+    fn = curvature(problem, candidate, params, batch)
+    *found, fn = kfqn.value_and_grad(fn, params, **(candidate.asked or {}))
+    _, others = split(problem, candidate, batch)
+    if others is not None:
+        share = candidate.examples
+        more = jax.value_and_grad(problem.loss_fn)(params, *others)
+        found = jax.tree.map(lambda a, b: share * a + (1 - share) * b, tuple(found), more)
+    return *found, fn
 
 
 def training_step(problem: Problem, candidate: Candidate, tx: Any) -> Callable:
@@ -134,12 +157,12 @@ def training_step(problem: Problem, candidate: Candidate, tx: Any) -> Callable:
     def step(carry, batch):
         params, state = carry
         extra = candidate.extra(problem.loss_fn, batch) if candidate.extra else {}
-        if candidate.ours:
-            extra["curvature_fn"] = curvature(problem, candidate, params, batch)
-        if candidate.one_pass:
-            loss, grads, extra["curvature_fn"] = kfqn.value_and_grad(extra["curvature_fn"], params)
+        if candidate.asked is not None:
+            loss, grads, extra["curvature_fn"] = one_pass(problem, candidate, params, batch)
         else:
             loss, grads = jax.value_and_grad(problem.loss_fn)(params, *batch)
+            if candidate.ours:
+                extra["curvature_fn"] = curvature(problem, candidate, params, batch)
         updates, state = tx.update(grads, state, params, **extra)
         return (optax.apply_updates(params, updates), state), loss
 
