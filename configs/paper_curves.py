@@ -8,7 +8,7 @@ from kfqn_optax.experiment.paper import paper_config
 
 TUNED = {
     "kbfgs": {"learning_rate": 0.8, "damping": 0.1},
-    "kbfgs_l": {"learning_rate": 0.8, "damping": 0.1},
+    "kbfgs_l": {"learning_rate": 0.8, "damping": 0.3},
     "kfac": {"learning_rate": 1.0, "damping": 3.0},
     "adam": {"learning_rate": 3e-3, "epsilon": 1e-8},
     "rmsprop": {"learning_rate": 1e-3, "epsilon": 1e-4},

@@ -21,16 +21,20 @@ class Offer(NamedTuple):
         products: of the rows with the y, [2q, q].
         usable: which pairs are finite, [q].
         rows: s_1, ..., s_q, Hy_1, ..., Hy_q, [2q, d].
-        reset: whether rounding has ruined the matrix.
+        anew: whether the matrix starts anew, from a multiple of the identity.
+        reset: whether it does so because rounding has ruined it.
     """
 
     products: jax.Array
     usable: jax.Array
     rows: jax.Array
+    anew: jax.Array
     reset: jax.Array
 
 
-def offer(H: jax.Array, s: jax.Array, y: jax.Array, start: Number) -> Offer:
+def offer(
+    H: jax.Array, s: jax.Array, y: jax.Array, start: Number, fresh: jax.Array | bool = False
+) -> Offer:
     """The products that `block_bfgs.solve` reads.
 
     If some ``y.Hy`` is below 0 or not finite, though y is, rounding has ruined the factor: it is
@@ -41,14 +45,16 @@ def offer(H: jax.Array, s: jax.Array, y: jax.Array, start: Number) -> Offer:
         s: changes of the point, [q, d].
         y: changes of the gradient, [q, d], with whatever damping they have by themselves.
         start: the scale of a factor that starts anew, above 0.
+        fresh: whether it does so whatever H is.
     """
     usable = jnp.all(jnp.isfinite(s) & jnp.isfinite(y), axis=-1)
     s, y = (jnp.where(usable[:, None], x, 0) for x in (s, y))
     Hy = pairs.matmul(y, H)
     yHy = jnp.sum(y * Hy, axis=-1)
     reset = jnp.any((yHy < 0) | ~jnp.isfinite(yHy)) & jnp.isfinite(jnp.sum(y * y))
-    rows = jnp.concatenate([s, jnp.where(reset, start * y, Hy)])
-    return Offer(pairs.matmul(rows, y.T), usable, rows, reset)
+    anew = reset | fresh
+    rows = jnp.concatenate([s, jnp.where(anew, start * y, Hy)])
+    return Offer(pairs.matmul(rows, y.T), usable, rows, anew, reset & ~jnp.asarray(fresh))
 
 
 def take(H: jax.Array, offer: Offer, solved: Solved, start: Number) -> tuple[jax.Array, Taken]:
@@ -56,7 +62,7 @@ def take(H: jax.Array, offer: Offer, solved: Solved, start: Number) -> tuple[jax
 
     It is as it was if no pair could be taken or the update would overflow.
     """
-    H = jnp.where(offer.reset, start * jnp.eye(len(H), dtype=H.dtype), H)
+    H = jnp.where(offer.anew, start * jnp.eye(len(H), dtype=H.dtype), H)
     s, other = (pairs.matmul(x, offer.rows) for x in (solved.s, solved.other))
     count = 2 * len(solved.s)
     fits = jnp.isfinite(count * jnp.max(jnp.abs(s)) * jnp.max(jnp.abs(other)))

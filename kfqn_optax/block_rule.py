@@ -18,11 +18,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from kfqn_optax import block_state, checks, trust
+from kfqn_optax import block_state, checks, direction, trust
 from kfqn_optax import layers as layers_lib
 from kfqn_optax.block_state import BlockState
 from kfqn_optax.checks import MISSING
-from kfqn_optax.direction import precondition
 from kfqn_optax.layers import Layer, named_leaves
 from kfqn_optax.optimizer import whole
 from kfqn_optax.options import (
@@ -226,7 +225,6 @@ def _step(
     }
     averaged = state.averaged + usable
     correction = 1 - jnp.asarray(settings.momentum) ** jnp.maximum(averaged, 1)
-    M = {name: m / correction.astype(m.dtype) for name, m in momentum.items()}
 
     # A takes in the batch, and the input factors q pairs of it: they need no probe.
     begun = {layer.path: state.layers[layer.path] for layer in present}
@@ -235,14 +233,16 @@ def _step(
             present, begun, measured.layers, settings.factor_decay, settings.powell, root
         )
 
-    # The direction, and how far to go.
-    P = precondition(present, begun, M, 1.0, None)
-    dtype = state.trust.radius.dtype
-    slope = _inner(G, P).astype(dtype)
-    curvature = _inner(M, P).astype(dtype)
+    # The direction, and how far to go. M is the momentum over the correction, and so is P; numbers
+    # are corrected in place of arrays.
+    matrices, promised = direction.direction(present, begun, momentum)
+    P, dtype = direction.leaves(matrices), state.trust.radius.dtype
+    correction = correction.astype(dtype)
+    slope = _inner(G, P).astype(dtype) / correction
+    curvature = promised.astype(dtype) / correction**2
     proposal = trust.propose(state.trust, slope, curvature, jnp.asarray(lr, dtype))
     proposal = jax.tree.map(lambda number: jnp.where(usable, number, 0), proposal)
-    length = proposal.length / jnp.where(jnp.asarray(lr) > 0, lr, 1)
+    length = proposal.length / correction / jnp.where(jnp.asarray(lr) > 0, lr, 1)
     steps = {name: jnp.where(length > 0, p * length.astype(p.dtype), 0) for name, p in P.items()}
     stepped = like(updates, gradients | steps, dtypes=params)
     state = state._replace(momentum=momentum, averaged=averaged, layers=begun)
@@ -253,7 +253,7 @@ def _step(
     probe = jax.tree.map(lambda p, u: (p + (-1 * lr) * u).astype(p.dtype), params, stepped)
     probed = curvature_fn(probe, moments=[], sketches=sketches)
     of_examples = named_leaves(measured.gradient)
-    slope = _inner({name: of_examples[name] for name in P}, P).astype(dtype)
+    slope = _inner({name: of_examples[name] for name in P}, P).astype(dtype) / correction
     accepted, learned = trust.judge(
         state.trust, proposal, slope, measured.loss.astype(dtype), probed.loss.astype(dtype)
     )

@@ -63,11 +63,13 @@ class _Pairs(NamedTuple):
         s: changes of the point, [q, d].
         y: changes of the gradient, [q, d].
         refusal: why pairs are not offered, [q] or [] for all; `pairs.UPDATED` if they are.
+        fresh: whether the factor has learned nothing yet, []; None where it knows by itself.
     """
 
     s: jax.Array
     y: jax.Array
     refusal: jax.Array
+    fresh: jax.Array | None = None
 
 
 def begin(
@@ -89,19 +91,20 @@ def begin(
     ) -> tuple[BlockState, _Pairs]:
         batch = jnp.asarray(seen.input_moment)
         reached = (seen.rows > 0) & is_damping(root)
-        usable = reached & is_usable(jnp.sum(jnp.abs(batch), axis=-1))
+        usable = reached & is_usable(jnp.diagonal(batch))
         fresh, start = usable & (state.stage == 0), _start(root).astype(batch.dtype)
-        H_a = jnp.where(fresh, start * jnp.eye(len(batch), dtype=batch.dtype), state.input)
         H_g = state.output._replace(scale=jnp.where(usable, start, state.output.scale))
         n = state.stage.astype(batch.dtype)
         decay = jnp.minimum(jnp.asarray(factor_decay, batch.dtype), n / (n + 1))
         A = jnp.where(usable, decay * state.input_moment + (1 - decay) * batch, state.input_moment)
-        S = matmul(jnp.where(usable, X, 0), H_a)
+        X = jnp.where(usable, X, 0)
+        S = jnp.where(fresh, start * X, matmul(X, state.input))
         Y = matmul(S, A) + root.astype(S.dtype) * S
         refusal = jnp.select(
             [seen.rows == 0, ~usable], [pairs.NOT_MEASURED, pairs.NOT_FINITE], pairs.UPDATED
         )
-        return BlockState(H_a, H_g, A, state.stage + usable, state.counts), _Pairs(S, Y, refusal)
+        state = state._replace(output=H_g, input_moment=A, stage=state.stage + usable)
+        return state, _Pairs(S, Y, refusal, fresh)
 
     taken_in = {
         layer.path: layer.over_blocks(take_in)(
@@ -119,7 +122,7 @@ def begin(
         states,
         pairs_of,
         "input",
-        lambda H, s, y: block_matrix.offer(H, s, y, start.astype(s.dtype)),
+        lambda H, of: block_matrix.offer(H, of.s, of.y, start.astype(of.s.dtype), of.fresh),
         lambda H, offer, solved: block_matrix.take(H, offer, solved, start.astype(H.dtype)),
         powell,
     )
@@ -178,7 +181,15 @@ def learn(
         )
         for layer in layers
     }
-    return _learn(layers, states, pairs_of, "output", generations.offer, generations.take, powell)
+    return _learn(
+        layers,
+        states,
+        pairs_of,
+        "output",
+        lambda H, of: generations.offer(H, of.s, of.y),
+        generations.take,
+        powell,
+    )
 
 
 def _learn(
@@ -205,9 +216,7 @@ def _learn(
     """
     held = {layer.path: getattr(states[layer.path], side) for layer in layers}
     offers = {
-        layer.path: layer.over_blocks(offer)(
-            held[layer.path], pairs_of[layer.path].s, pairs_of[layer.path].y
-        )
+        layer.path: layer.over_blocks(offer)(held[layer.path], pairs_of[layer.path])
         for layer in layers
     }
     solved = block_bfgs.solve_all(

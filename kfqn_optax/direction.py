@@ -10,7 +10,6 @@ from kfqn_optax import inverse
 from kfqn_optax import layers as layers_lib
 from kfqn_optax.inverse import Factor
 from kfqn_optax.layers import Layer
-from kfqn_optax.lbfgs import Memory
 from kfqn_optax.options import Number
 
 
@@ -41,8 +40,29 @@ def precondition(
     Returns:
         By parameter path, in the dtype of the factors and the shapes of the parameters.
     """
+    P, promised = direction(layers, states, gradients)
+    if limit is not None:
+        squared = learning_rate**2 * promised
+        scale = jnp.where(squared > limit, jnp.sqrt(limit / jnp.where(squared > 0, squared, 1)), 1)
+        scale = jnp.where(jnp.isfinite(squared), scale, 0)
+        P = {layer: P_of * scale.astype(P_of.dtype) for layer, P_of in P.items()}
+    return leaves(P)
 
-    def of_one(H_a: Factor, H_g: jax.Array | Memory, M: jax.Array) -> jax.Array:
+
+def direction(
+    layers: Sequence[Layer], states: Mapping[str, Any], gradients: Mapping[str, jax.Array]
+) -> tuple[dict[Layer, jax.Array], jax.Array]:
+    """``P = H_a M H_g`` of each layer as a matrix, and ``<M, P>`` of all of them together.
+
+    ``<M, P>`` is the curvature along P that the factors promise, ``<P, H^-1 P>``.
+
+    Args:
+        layers: see `precondition`.
+        states: the same.
+        gradients: M.
+    """
+
+    def of_one(H_a: Factor, H_g: Any, M: jax.Array) -> jax.Array:
         return inverse.apply_to_rows(H_g, inverse.apply(H_a, M))
 
     M = {layer: layers_lib.to_matrix(layer, gradients) for layer in layers}
@@ -50,11 +70,11 @@ def precondition(
         layer: layer.over_blocks(of_one)(states[layer.path].input, states[layer.path].output, M_of)
         for layer, M_of in M.items()
     }
-    if limit is not None:
-        squared = learning_rate**2 * sum(jnp.vdot(M[layer], P[layer]) for layer in layers)
-        scale = jnp.where(squared > limit, jnp.sqrt(limit / jnp.where(squared > 0, squared, 1)), 1)
-        scale = jnp.where(jnp.isfinite(squared), scale, 0)
-        P = {layer: P_of * scale.astype(P_of.dtype) for layer, P_of in P.items()}
+    return P, jnp.asarray(sum(jnp.vdot(M[layer], P[layer]) for layer in layers))
+
+
+def leaves(P: Mapping[Layer, jax.Array]) -> dict[str, jax.Array]:
+    """Matrices of layers by parameter path, in the shapes of the parameters."""
     return {
         name: leaf
         for layer, P_of in P.items()

@@ -28,7 +28,7 @@ import jax.numpy as jnp
 from jax import lax
 
 _HIGHEST = lax.Precision.HIGHEST
-_WIDE = 512  # a second moment of this size or more is made in three parts of four
+_WIDE = 512  # a second moment of this size or more, of as many rows, is made in three parts of four
 
 
 class Geometry(abc.ABC):
@@ -274,7 +274,7 @@ def second_moment(rows: jax.Array, weights: jax.Array | None = None) -> jax.Arra
             [N, G, k].
     """
     weighted = rows if weights is None else rows * jnp.sum(weights**2, axis=-1, keepdims=True)
-    if rows.shape[-1] < _WIDE:
+    if min(len(rows), rows.shape[-1]) < _WIDE:  # of few rows it is memory that takes the time
         return _inner(weighted, rows)
     left, right = jnp.split(rows, [rows.shape[-1] // 2], axis=-1)
     of_left, of_right = jnp.split(weighted, [rows.shape[-1] // 2], axis=-1)

@@ -72,7 +72,10 @@ _SMALL = {
     "mnist": {"rmsprop": _some("epsilon", (1e-3, 1e-4), (3e-4, 1e-8))},
     "curves": {
         "kbfgs": _some("damping", (0.8, 0.3), (0.8, 0.1)),
-        "kfac": _some("damping", (1.0, 3.0), (1.0, 1.0), (0.3, 1.0)),
+        "kbfgs_l": grid(learning_rate=(0.3, 0.8), damping=(0.03, 0.1, 0.3))
+        + _some("damping", (1.6, 0.1)),
+        "kfac": grid(learning_rate=(0.3, 1.0), damping=(0.3, 1.0, 3.0))
+        + _some("damping", (3.0, 3.0)),
         "rmsprop": _some("epsilon", (1e-3, 1e-4), (3e-4, 1e-8)),
     },
     "faces": {
@@ -100,7 +103,7 @@ PLANS = {
         grids=_SMALL,
     ),
     "quick": Plan(
-        budgets={"mnist": 7.2, "faces": 14.5, "curves": 28},
+        budgets={"mnist": 7.2, "faces": 12.5, "curves": 28},
         seeds=(0,),
         overrides={"faces": {"train_examples": 20_000, "test_examples": 2_000}},
         grids=None,
