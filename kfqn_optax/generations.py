@@ -11,7 +11,7 @@ Both generations take the same pairs, and keep their own s, since damping depend
 is by then. The inverse is that of `lbfgs`, ``c V^T V + S R^-T D R^-1 S^T``.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -94,7 +94,7 @@ def _both(H: Generations) -> Memory:
     return Memory(H.s, H.y, H.sy, H.R_inverse, H.next, H.scale)
 
 
-_AXES = Memory(0, None, 0, 0, None, None)  # of `_both`, for `jax.vmap`
+_AXES = Memory(*cast(Any, (0, None, 0, 0, None, None)))  # of `_both`, for `jax.vmap`
 
 
 def _begun(H: Generations) -> Generations:

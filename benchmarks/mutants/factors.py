@@ -51,8 +51,8 @@ FACTORS = (
     _lbfgs("column = -rho *", "column = rho *"),
     _lbfgs("R_inverse = H.R_inverse[1:, 1:]", "R_inverse = H.R_inverse[:-1, :-1]"),
     _lbfgs("jnp.minimum(H.count + 1, len(H.s))", "H.count + 1"),
-    _lbfgs("~_is_finite(stored), _is_lost", "False, _is_lost"),
-    _lbfgs("[~_is_finite(stored), _is_lost(stored)]", "[~_is_finite(stored), False]"),
+    _lbfgs("~is_finite(stored), _is_lost", "False, _is_lost"),
+    _lbfgs("[~is_finite(stored), _is_lost(stored)]", "[~is_finite(stored), False]"),
     _lbfgs("-jnp.abs(H.y), H.sy", "jnp.abs(H.y), H.sy"),
     _lbfgs("jnp.where(emptied, jnp.zeros_like(old), old)", "old"),
     _lbfgs("emptied = offered &", "emptied ="),
@@ -62,6 +62,6 @@ FACTORS = (
     _lbfgs("pairs.matmul(columns.T, H.y)", "pairs.matmul(columns, H.y)"),
     _lbfgs("+ jnp.sum(through_s**2, axis=0)", ""),
     _lbfgs("beta = H.sy[:, None] * alpha - pairs", "beta = alpha - pairs"),
-    _lbfgs("q = vectors - pairs.matmul(H.y.T, alpha)", "q = vectors"),
+    _lbfgs("_scaled(H, vectors - pairs.matmul(H.y.T, alpha))", "_scaled(H, vectors)"),
     _lbfgs("pairs.matmul(beta, H.R_inverse), H.s", "pairs.matmul(beta, H.R_inverse.T), H.s"),
 )

@@ -155,7 +155,7 @@ STEPS = (
     _direction(
         "inverse.apply_to_rows(H_g, inverse.apply(H_a, M))", "inverse.apply_to_rows(H_g, M)"
     ),
-    _direction("learning_rate**2 * sum", "learning_rate * sum"),
+    _direction("learning_rate**2 * promised", "learning_rate * promised"),
     _direction("squared > limit", "squared < limit"),
     _direction("jnp.sqrt(limit / jnp.where", "(limit / jnp.where"),
     _direction("scale = jnp.where(jnp.isfinite(squared), scale, 0)", "", _LIMITED),

@@ -72,8 +72,8 @@ _SMALL = {
     "mnist": {"rmsprop": _some("epsilon", (1e-3, 1e-4), (3e-4, 1e-8))},
     "curves": {
         "kbfgs": _some("damping", (0.8, 0.3), (0.8, 0.1)),
-        "kbfgs_l": grid(learning_rate=(0.3, 0.8), damping=(0.03, 0.1, 0.3))
-        + _some("damping", (1.6, 0.1)),
+        "kbfgs_l": grid(learning_rate=(0.3, 0.8), damping=(0.03, 0.1))
+        + _some("damping", (0.8, 0.3), (1.6, 0.1)),
         "kfac": grid(learning_rate=(0.3, 1.0), damping=(0.3, 1.0, 3.0))
         + _some("damping", (3.0, 3.0)),
         "rmsprop": _some("epsilon", (1e-3, 1e-4), (3e-4, 1e-8)),
