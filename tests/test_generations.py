@@ -108,6 +108,13 @@ def test_a_step_that_would_overflow_is_left_out_as_a_whole():
     equal(same, H)
     assert taken.status.tolist() == [pairs.NOT_FINITE] * 3
     assert not taken.damped.any()
+    # One generation is enough, the younger one too.
+    S = jnp.asarray(rng.normal(size=(3, 5)))
+    for i in range(2):
+        ruined = H._replace(s=H.s.at[i].multiply(1e200))
+        same, taken = grow(ruined, S, 2 * S)
+        equal(same, ruined)
+        assert taken.status.tolist() == [pairs.NOT_FINITE] * 3
 
 
 @pytest.mark.parametrize("scale", [1.0, 30.0])

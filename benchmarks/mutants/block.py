@@ -41,7 +41,7 @@ BLOCK = (
     _solve("ok & by_powell)", "by_powell)"),
     _solve("column = -rho * pairs", "column = rho * pairs"),
     _solve("column + rho * at_i, 0)", "column + at_i, 0)"),
-    _solve("fits & (status == pairs.UPDATED)", "False", _FITS),
+    _solve("~fits & (status == pairs.UPDATED)", "fits & False", _FITS),
     _solve("damped & fits, reset", "damped, reset", _FITS),
     _matrix("jnp.isfinite(s) & jnp.isfinite(y), axis", "jnp.isfinite(s), axis"),
     _matrix("jnp.isfinite(s) & jnp.isfinite(y), axis", "jnp.isfinite(y), axis"),
