@@ -250,7 +250,7 @@ def _counted(side: str, taken: Taken, refusal: jax.Array) -> jax.Array:
     happened = {field: value.astype(jnp.int32) for field, value in happened.items()}
     counted = jnp.sum(columns_of(happened), axis=-2, dtype=jnp.int32)
     is_reset = np.array([column == (f"{side}_status", pairs.RESET) for column in COLUMNS], np.int32)
-    return counted + taken.reset[..., None] * is_reset
+    return counted + taken.reset[..., None] * np.broadcast_to(is_reset, counted.shape)
 
 
 def _sketches(layer: Layer, seen: LayerStatistics) -> Sketches:

@@ -242,9 +242,9 @@ def test_method_that_the_paper_does_not_have(tmp_path, capsys):
 
 def test_epochs_and_hours():
     assert plans.epochs_of(plans.PLANS["quick"], "mnist", "kbfgs") == round(7.2 / 2.82)
-    assert plans.epochs_of(plans.PLANS["quick"], "faces", "adam") == round(14.5 / 1.03)
+    assert plans.epochs_of(plans.PLANS["quick"], "faces", "adam") == round(12.5 / 1.03)
     inverses = 21 * 4 / 20  # in epochs of 20 plain steps
-    assert plans.epochs_of(plans.PLANS["quick"], "faces", "kfac") == round((14.5 - inverses) / 2.5)
+    assert plans.epochs_of(plans.PLANS["quick"], "faces", "kfac") == round((12.5 - inverses) / 2.5)
     little = plans.PLANS["quick"]._replace(budgets={"mnist": 0.1})
     assert plans.epochs_of(little, "mnist", "kbfgs") == 1
     hours = plans.expected_hours(plans.PLANS["quick"], plans.PROBLEMS, list(METHODS))

@@ -37,7 +37,7 @@ def _lines(workdir):
 
 @pytest.mark.parametrize(
     ("optimizer", "learning_rate"),
-    [("kbfgs", 0.3), ("block_kbfgs", 1.0), ("adam", 0.03), ("sgdm", 0.1), ("rmsprop", 0.02)],
+    [("kbfgs", 0.3), ("block_kbfgs", 0.5), ("adam", 0.03), ("sgdm", 0.1), ("rmsprop", 0.02)],
 )
 def test_each_optimizer_learns(tmp_path, optimizer, learning_rate):
     config = tiny.config(optimizer=optimizer, learning_rate=learning_rate, epochs=15)
