@@ -169,12 +169,13 @@ def reduce(
             sketches = jnp.concatenate([sketches, sums["sketched_rows"]], axis=-1)
         per_position = examples / some_rows
         if layer.bias is not None:
+            with_bias = jnp.append(inputs, rows)
             if moment is not None:
-                moment = _bordered(moment, jnp.append(inputs, rows))
+                moment = _bordered(moment, with_bias)
             if product is not None and vector is not None:
                 last = jnp.dot(inputs, vector[:-1]) + rows * vector[-1]
                 product = jnp.append(product + inputs * vector[-1], last)
-            inputs = jnp.append(inputs, rows)
+            inputs = with_bias
         return LayerStatistics(
             input_moment=None if moment is None else moment / examples,
             input_product=None if product is None else product / examples,

@@ -19,6 +19,23 @@ def damped_bfgs(H, s, y, powell):
     return V @ H @ V.T + np.outer(s, s) / (s @ y), damped
 
 
+def age_of(count, window):
+    """How many steps' pairs the elder of two generations holds after so many steps."""
+    last, half = (count - 1) % window, window // 2
+    return min(count, last + 1 if last >= half else last + 1 + half)
+
+
+def made_of(steps, d, scale, powell):
+    """BFGS from a multiple of the identity; H and how many pairs of the last step were damped."""
+    H, damped = scale * np.eye(d), 0
+    for S, Y in steps:
+        damped = 0
+        for s, y in zip(S, Y, strict=True):
+            H, by_powell = damped_bfgs(H, s, y, powell)
+            damped += by_powell
+    return H, damped
+
+
 class BlockMlp(reference.Mlp):
     """The network of `reference.Mlp` under block K-BFGS; damping, momentum as there.
 
@@ -78,26 +95,15 @@ class BlockMlp(reference.Mlp):
                 if np.linalg.norm(y) > 100 * np.finfo(float).eps * size
             ]
             if told:
-                self.remembered[i].append(told)
-                self.H_g[i] = self.from_memory(self.remembered[i], len(S[0]))
+                steps = self.remembered[i]
+                steps.append(tuple(zip(*told, strict=True)))
+                known = steps[-age_of(len(steps), self.window) :]
+                self.H_g[i], damped = made_of(known, len(S[0]), 1 / root, 0.2)
+                self.powell_damped += damped
         accepted = self.judge(a, a * a * curvature, slope_c, before, after)
         self.W = new if accepted else old
         self.count += 1
         return [-a * p * accepted for p in P]
-
-    def from_memory(self, steps, d):
-        """H_g, made anew from the steps that the elder generation has seen."""
-        half = self.window // 2
-        last = (len(steps) - 1) % self.window
-        age = last + 1 if last >= half else last + 1 + half
-        H = np.eye(d) / np.sqrt(self.damping)
-        for told in steps[-age:]:
-            counted = 0
-            for s, y in told:
-                H, damped = damped_bfgs(H, s, y, 0.2)
-                counted += damped
-        self.powell_damped += counted
-        return H
 
     def judge(self, a, squared, slope, before, after):
         """Whether the step is taken; radius and kappa change."""

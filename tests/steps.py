@@ -6,6 +6,7 @@ import numpy as np
 import optax
 
 import kfqn_optax as kfqn
+from kfqn_optax import inverse
 from kfqn_optax.layers import named_leaves
 
 D0, D1 = "params/Dense_0", "params/Dense_1"
@@ -32,6 +33,11 @@ def batches_for(params, batch=8, count=6, seed=1):
     for _ in range(count):
         x, t = rng.normal(size=(batch, d_in)), rng.uniform(size=(batch, d_out))
         yield jnp.asarray(x, dtype), jnp.asarray(t, dtype)
+
+
+def dense(H):
+    """A factor that is kept as pairs, as a matrix."""
+    return inverse.apply(H, jnp.eye(inverse.size(H), dtype=H.s.dtype))
 
 
 def layers_of(state):

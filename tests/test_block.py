@@ -9,10 +9,10 @@ from block_reference import BlockMlp, damped_bfgs
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import problem, relative
-from steps import D0, D1, batches_for, equal, layers_of, matrices, types
+from steps import D0, D1, batches_for, dense, equal, layers_of, matrices, types
 
 import kfqn_optax as kfqn
-from kfqn_optax import block_bfgs, block_matrix, generations, inverse, pairs, trust
+from kfqn_optax import block_bfgs, block_matrix, inverse, pairs, trust
 from kfqn_optax.sketch import signs
 
 PAIRS, WINDOW, PART = 3, 4, 4
@@ -20,11 +20,6 @@ PAIRS, WINDOW, PART = 3, 4, 4
 
 def make(lr=1.0, damping=0.1, **options):
     return kfqn.scale_by_block_kbfgs(lr, damping, pairs=PAIRS, window=WINDOW, **options)
-
-
-def dense(H):
-    """The output factor as a matrix."""
-    return inverse.apply(H, jnp.eye(inverse.size(H), dtype=H.s.dtype))
 
 
 def step_of(tx, loss_fn):
@@ -285,14 +280,6 @@ def update(H, s, y, powell, start):
     offer = block_matrix.offer(H, s, y, start)
     solved = block_bfgs.solve(offer.products, offer.usable, powell)
     return block_matrix.take(H, offer, solved, start)
-
-
-@jax.jit
-def grow(H, s, y, powell):
-    """Generations after q pairs, and what became of these."""
-    offer = generations.offer(H, s, y)
-    solved = block_bfgs.solve_all({0: offer.products}, {0: offer.usable}, powell)[0]
-    return generations.take(H, offer, solved)
 
 
 @settings(max_examples=60, deadline=None)

@@ -4,11 +4,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from block_reference import damped_bfgs
+from block_reference import age_of, made_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import relative
-from steps import equal
+from steps import dense, equal
 
 from kfqn_optax import block_bfgs, generations, inverse, pairs
 
@@ -27,22 +27,9 @@ def start(d, q, window, scale=1.0, dtype=jnp.float64):
     return generations.init(d, q, window, dtype)._replace(scale=jnp.asarray(scale, dtype))
 
 
-def dense(H):
-    return inverse.apply(H, jnp.eye(inverse.size(H), dtype=H.s.dtype))
-
-
-def age_of(count, window):
-    """How many steps' pairs the elder generation holds after so many steps."""
-    last, half = (count - 1) % window, window // 2
-    return min(count, last + 1 if last >= half else last + 1 + half)
-
-
-def reference(steps, age, d, scale):
-    """BFGS with the pairs of the last steps, on matrices."""
-    H = scale * np.eye(d)
-    for S, Y in steps[-age:]:
-        for s, y in zip(S, Y, strict=True):
-            H, _ = damped_bfgs(H, s, y, POWELL)
+def reference(steps, window, d, scale):
+    """What the elder generation is after all these steps."""
+    H, _ = made_of(steps[-age_of(len(steps), window) :], d, scale, POWELL)
     return H
 
 
@@ -63,9 +50,8 @@ def test_bfgs_of_the_last_steps(seed, sizes, log_s, log_scale):
         S, Y = 10**log_s * rng.normal(size=(q, d)), rng.normal(size=(q, d))
         H, taken = grow(H, jnp.asarray(S), jnp.asarray(Y))
         steps.append((S, Y))
-        age = age_of(len(steps), window)
-        expected = reference(steps, age, d, scale)
-        assert int(generations.elder(H).count) == q * age
+        expected = reference(steps, window, d, scale)
+        assert int(generations.elder(H).count) == q * age_of(len(steps), window)
         assert relative(dense(H), expected) < 1e-6
         M = rng.normal(size=(2, d))
         assert relative(inverse.apply_to_rows(H, jnp.asarray(M)), M @ expected) < 1e-6
@@ -94,7 +80,7 @@ def test_pairs_that_are_of_no_use():
             assert taken.status[left_out] == getattr(pairs, word)
             assert [int(taken.status[i]) for i in kept] == [pairs.UPDATED] * 2
             assert not taken.damped.any()
-            assert relative(dense(H), reference(steps, age_of(len(steps), 4), 5, 1.0)) < 1e-10
+            assert relative(dense(H), reference(steps, 4, 5, 1.0)) < 1e-10
 
 
 def test_a_step_that_would_overflow_is_left_out_as_a_whole():
@@ -130,9 +116,9 @@ def test_float32_does_not_drift(scale):
         Y = (S @ A + 0.05 * rng.normal(size=(q, d))).astype(np.float32)
         H, taken = grow(H, jnp.asarray(S), jnp.asarray(Y))
         assert not np.any(taken.status)
-        steps = [*steps[-2 * window :], (S.astype(float), Y.astype(float))]
+        steps.append((S.astype(float), Y.astype(float)))
         if t % 250 in (10, 11):
-            exact = reference(steps, age_of(t + 1, window), d, scale)
+            exact = reference(steps, window, d, scale)
             made = np.asarray(dense(H), float)
             errors.append(relative(made, exact))
             assert np.linalg.eigvalsh((made + made.T) / 2)[0] > -1e-6 * scale
