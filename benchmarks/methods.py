@@ -2,12 +2,16 @@
 
     python benchmarks/methods.py --config configs/char_transformer.py --steps 160
         [--methods kbfgs adam ...] [--config.framework=nnx] [--config.key=value ...]
+    python benchmarks/methods.py --config configs/char_transformer.py --steps 40 --rates 0.03 3
+        --seeds 0 1 2 3 4 --methods block_kbfgs
     python benchmarks/methods.py --config configs/char_transformer.py --time
     python benchmarks/methods.py --draw
 
 The budget is a number of steps on the config's problem, without warm start. Each method runs once
 for every learning rate of its grid below; one compiled step serves them all. Results are written
 run by run to ``benchmarks/results/methods_PROBLEM_FRAMEWORK.json``; what is there is not run again.
+Block K-BFGS has no grid: it runs with its own defaults. With ``--rates`` and ``--seeds`` the runs
+are those instead, kept apart, to see whether any diverges.
 ``--time`` lets a step of each method take turns in one process and keeps the medians, so that a
 busy machine hits all alike; seconds in figure and table are these times the number of steps.
 ``--draw`` writes the figures and prints the tables from the committed results.
@@ -53,13 +57,16 @@ GRIDS = {
     "kbfgs": SECOND_ORDER,
     "kbfgs_l": SECOND_ORDER,
     "kfqn": SECOND_ORDER,
+    "block_kbfgs": [0.5],
 }
+UNTUNED = {"block_kbfgs": {"damping": 0.03}}  # in place of the config's
 COLORS = {
     "kbfgs": "tab:blue", "kbfgs_l": "tab:cyan", "kfqn": "tab:purple", "adam": "tab:orange",
-    "muon": "tab:green",
+    "muon": "tab:green", "block_kbfgs": "tab:red",
 }  # fmt: skip
 WORDS = {
     "kbfgs": "K-BFGS", "kbfgs_l": "K-BFGS(L)", "kfqn": "KFQN", "adam": "Adam", "muon": "Muon",
+    "block_kbfgs": "block K-BFGS",
 }  # fmt: skip
 EVALUATED = 256  # examples of the train and the test set in each evaluation
 POINTS = 8  # of a curve
@@ -75,7 +82,8 @@ class Trial:
     """One method on one problem, compiled once."""
 
     def __init__(self, config, method, problem, dataset):
-        self.config = SimpleNamespace(**{**config.to_dict(), "optimizer": method})
+        changed = {"optimizer": method} | UNTUNED.get(method, {})
+        self.config = SimpleNamespace(**config.to_dict() | changed)
         self.problem = problem
         self.examples = jax.device_put(dataset.train)
         evaluated = slice(EVALUATED)
@@ -100,23 +108,23 @@ class Trial:
         step = make_step(self.problem, optimizer, self.config.curvature_examples)
         return step(state, examples, indices)
 
-    def start(self, learning_rate):
+    def start(self, learning_rate, seed):
         """The state before the first step; compiles the step if that is not done."""
-        params, model_state = self.problem.init(self.config.seed)
+        params, model_state = self.problem.init(seed)
         opt_state = self.optimizer(learning_rate).transformation.init(params)
         state = TrainState(params, opt_state, model_state)
         if self.compiled is None:
             begin = time.perf_counter()
-            arguments = state, self.examples, next(self.batches()), np.float32(learning_rate)
+            arguments = state, self.examples, next(self.batches(seed)), np.float32(learning_rate)
             self.compiled = self.step.lower(*arguments).compile()
             self.compile_s = time.perf_counter() - begin
         return state
 
-    def run(self, learning_rate, steps):
+    def run(self, learning_rate, steps, seed):
         """One run: a dictionary for the results."""
-        state = self.start(learning_rate)
+        state = self.start(learning_rate, seed)
         size = sum(leaf.nbytes for leaf in jax.tree.leaves(state.opt_state))
-        curve, batches = [self._point(0, state)], self.batches()
+        curve, batches = [self._point(0, state)], self.batches(seed)
         for step in range(1, steps + 1):
             rate = np.float32(learning_rate)
             state, _ = self.compiled(state, self.examples, next(batches), rate)
@@ -126,11 +134,11 @@ class Trial:
                     break
         return {"learning_rate": learning_rate, "state_bytes": size, "curve": curve}
 
-    def batches(self):
+    def batches(self, seed):
         """Index vectors, epoch after epoch."""
         for epoch in itertools.count(1):
             size = count(self.examples)
-            yield from epoch_batches(self.config.seed, epoch, size, self.config.batch_size)
+            yield from epoch_batches(seed, epoch, size, self.config.batch_size)
 
     def _point(self, step, state):
         measured = self.measure(state.params, state.model_state)
@@ -174,9 +182,25 @@ def tune(config, methods, steps):
             if any(run["learning_rate"] == learning_rate for run in runs):
                 continue
             trial = trial or Trial(config, method, problem, dataset)
-            runs.append(trial.run(learning_rate, steps))
+            runs.append(trial.run(learning_rate, steps, config.seed))
             write(config, results)
             print(method, learning_rate, runs[-1]["curve"][-1], flush=True)
+
+
+def spread(config, methods, steps, rates, seeds):
+    """Other rates and seeds, without a choice of the best; results under "spread"."""
+    results = read(config)
+    problem, dataset = make_problem(config), load_dataset(config)
+    for method in methods:
+        runs, trial = results.setdefault("spread", {}).setdefault(method, []), None
+        for rate, seed in itertools.product(rates, seeds):
+            key = {"learning_rate": rate, "seed": seed}
+            if any(key.items() <= run.items() for run in runs):
+                continue
+            trial = trial or Trial(config, method, problem, dataset)
+            runs.append(key | trial.run(rate, steps, seed))
+            write(config, results)
+            print(method, rate, seed, runs[-1]["curve"][-1], flush=True)
 
 
 def measure_time(config, methods, rounds):
@@ -187,8 +211,9 @@ def measure_time(config, methods, rounds):
     for method in methods:
         trial = Trial(config, method, problem, dataset)
         learning_rate = grid(method, config.problem)[0]
-        running[method] = [trial, trial.start(learning_rate), np.float32(learning_rate)]
-    for indices, _ in zip(trial.batches(), range(rounds + 2), strict=False):
+        state = trial.start(learning_rate, config.seed)
+        running[method] = [trial, state, np.float32(learning_rate)]
+    for indices, _ in zip(trial.batches(config.seed), range(rounds + 2), strict=False):
         for method, (trial, state, rate) in running.items():
             begin = time.perf_counter()
             running[method][1], _ = jax.block_until_ready(
@@ -248,6 +273,8 @@ def main():
     parser.add_argument("--draw", action="store_true")
     parser.add_argument("--time", action="store_true")
     parser.add_argument("--steps", type=int, default=160)
+    parser.add_argument("--rates", type=float, nargs="+")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--methods", nargs="+", default=list(GRIDS), choices=list(GRIDS))
     options, rest = parser.parse_known_args()
     if options.draw:
@@ -259,6 +286,8 @@ def main():
     check(config.value)
     if options.time:
         measure_time(config.value, options.methods, rounds=15)
+    elif options.rates:
+        spread(config.value, options.methods, options.steps, options.rates, options.seeds)
     else:
         tune(config.value, options.methods, options.steps)
 

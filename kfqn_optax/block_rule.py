@@ -228,10 +228,12 @@ def _step(
 
     # A takes in the batch, and the input factors q pairs of it: they need no probe.
     begun = {layer.path: state.layers[layer.path] for layer in present}
+    trusted = state.trust
     if measured is not None:
         begun = block_state.begin(
             present, begun, measured.layers, settings.factor_decay, settings.powell, root
         )
+        trusted = trust.begin(trusted, measured.loss)
 
     # The direction, and how far to go. M is the momentum over the correction, and so is P; numbers
     # are corrected in place of arrays.
@@ -240,7 +242,7 @@ def _step(
     correction = correction.astype(dtype)
     slope = _inner(G, P).astype(dtype) / correction
     curvature = promised.astype(dtype) / correction**2
-    proposal = trust.propose(state.trust, slope, curvature, jnp.asarray(lr, dtype))
+    proposal = trust.propose(trusted, slope, curvature, jnp.asarray(lr, dtype))
     proposal = jax.tree.map(lambda number: jnp.where(usable, number, 0), proposal)
     length = proposal.length / correction / jnp.where(jnp.asarray(lr) > 0, lr, 1)
     steps = {name: jnp.where(length > 0, p * length.astype(p.dtype), 0) for name, p in P.items()}
@@ -255,7 +257,7 @@ def _step(
     of_examples = named_leaves(measured.gradient)
     slope = _inner({name: of_examples[name] for name in P}, P).astype(dtype) / correction
     accepted, learned = trust.judge(
-        state.trust, proposal, slope, measured.loss.astype(dtype), probed.loss.astype(dtype)
+        trusted, proposal, slope, measured.loss.astype(dtype), probed.loss.astype(dtype)
     )
     kept = {name: jnp.where(accepted, step, 0) for name, step in steps.items()}
     layers = block_state.learn(

@@ -10,16 +10,17 @@ probe), so the parabola through loss, slope and loss at the end tells. The step 
 but no farther than ``a^2 <M, P> <= radius``. The radius grows and shrinks as in any trust-region
 method (Nocedal and Wright, algorithm 4.1), by the ratio of actual to predicted change, with two
 differences: a step after which the loss is a little higher is taken all the same, and the radius
-does not stay below 2% of the loss. On few examples and a network's loss, a method that never goes
+does not stay below 2% of the loss. At the start nothing is known, and the radius is half a percent
+of the loss. On few examples and a network's loss, a method that never goes
 uphill gets stuck. A step after which the loss is much higher is not taken.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-FIRST_RADIUS = 3.0
+FIRST_RADIUS = 0.005  # as a share of the first loss
 MEMORY = 0.8  # decay of the average of log kappa
 LARGEST_CHANGE = 10.0  # of kappa in one step
 LONGEST = 10.0  # a at most
@@ -31,7 +32,8 @@ class Trust(NamedTuple):
     """What is remembered from step to step, all scalars.
 
     Attributes:
-        radius: the most that ``a^2 <M, P>`` may be, in units of the loss.
+        radius: the most that ``a^2 <M, P>`` may be, in units of the loss; no bound until a loss has
+            been measured (`begin`).
         kappa: curvature along the direction, as a multiple of what the factors promise.
         steps: how many steps were measured, int32.
         rejected: how many of them were not taken, int32.
@@ -58,11 +60,21 @@ class Proposal(NamedTuple):
 def init(dtype: jnp.dtype) -> Trust:
     """Nothing measured yet."""
     return Trust(
-        radius=jnp.asarray(FIRST_RADIUS, dtype),
+        radius=jnp.asarray(_no_bound(dtype), dtype),
         kappa=jnp.ones((), dtype),
         steps=jnp.zeros((), jnp.int32),  # not the same array as the next: states are donated
         rejected=jnp.zeros((), jnp.int32),
     )
+
+
+def begin(trust: Trust, loss: jax.Array) -> Trust:
+    """With a radius for the first step that is measured, from the loss before it.
+
+    A loss that is 0 or not finite tells no radius.
+    """
+    first = FIRST_RADIUS * jnp.abs(loss)
+    told = (trust.steps == 0) & (first > 0) & jnp.isfinite(first)
+    return trust._replace(radius=jnp.where(told, first, trust.radius).astype(trust.radius.dtype))
 
 
 def propose(trust: Trust, slope: jax.Array, curvature: jax.Array, scale: jax.Array) -> Proposal:
@@ -131,7 +143,7 @@ def judge(
     radius = jnp.maximum(radius, least)
     radius = jnp.where(accepted, radius, jnp.minimum(trust.radius, step.squared) / 4)
     least = jnp.maximum(rounding, _smallest(radius))
-    radius = jnp.clip(radius, least, jnp.finfo(radius.dtype).max * jnp.finfo(radius.dtype).eps)
+    radius = jnp.clip(radius, least, _no_bound(radius.dtype))
 
     new = Trust(
         radius=jnp.where(moved, radius, trust.radius).astype(trust.radius.dtype),
@@ -145,3 +157,8 @@ def judge(
 def _smallest(number: jax.Array) -> float:
     """The size above which numbers of this dtype can be divided by without loss."""
     return float(jnp.finfo(number.dtype).tiny / jnp.finfo(number.dtype).eps)
+
+
+def _no_bound(dtype: Any) -> float:
+    """A radius that bounds nothing, and still can be multiplied by a number of usual size."""
+    return float(jnp.finfo(dtype).max * jnp.finfo(dtype).eps)

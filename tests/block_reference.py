@@ -53,7 +53,7 @@ class BlockMlp(reference.Mlp):
         self.remembered = [[] for _ in self.H_g]
         root = np.sqrt(self.damping)
         self.H_a, self.H_g = ([H / root for H in side] for side in (self.H_a, self.H_g))
-        self.radius, self.kappa, self.rejected, self.powell_damped, self.judged = 3.0, 1.0, 0, 0, 0
+        self.radius, self.kappa, self.rejected, self.powell_damped, self.judged = None, 1.0, 0, 0, 0
 
     def step(self, X, T, X_c, T_c):
         """One step on a batch, with curvature from other arrays."""
@@ -79,6 +79,8 @@ class BlockMlp(reference.Mlp):
             slope += np.sum(G * P[i])
             curvature += np.sum(M * P[i])
             slope_c += np.sum(g_seen[i].T @ seen[i] / m * P[i])
+        if self.radius is None:
+            self.radius = 0.005 * abs(before)
         a = min(slope / (self.kappa * curvature), 10.0) * self.lr if slope > 0 else 0.0
         if a * a * curvature > self.radius:
             a = np.sqrt(self.radius / curvature)

@@ -418,6 +418,20 @@ def test_a_step_is_taken_if_the_loss_rises_by_a_tenth_at_most(before, rise, take
     assert int(new.rejected) == (not taken)
 
 
+def test_the_first_radius_is_a_share_of_the_first_loss():
+    held = trust.init(jnp.float64)
+    step = propose(held, *map(jnp.asarray, (100.0, 1.0, 1.0)))
+    assert float(step.length) == trust.LONGEST  # nothing measured yet: no other bound
+    begun = trust.begin(held, jnp.asarray(-200.0))
+    assert float(begun.radius) == pytest.approx(1.0)
+    step = propose(begun, *map(jnp.asarray, (100.0, 1.0, 1.0)))
+    assert float(step.squared) == pytest.approx(1.0)
+    for loss in (0.0, np.nan, np.inf):
+        equal(trust.begin(held, jnp.asarray(loss)), held)
+    _, after = judge(begun, step, *map(jnp.asarray, (100.0, 200.0, 150.0)))
+    equal(trust.begin(after, jnp.asarray(1.0)), after)  # from then on it follows the steps
+
+
 @pytest.mark.parametrize(("slope", "after"), [(1, np.nan), (1, np.inf), (1, -np.inf), (np.nan, 2)])
 def test_a_loss_or_a_slope_that_is_not_finite(slope, after):
     held = trust.init(jnp.float32)

@@ -11,6 +11,7 @@ _NOWHERE = "tests/test_block.py::test_a_direction_that_leads_nowhere"
 _RISE = "tests/test_block.py::test_a_step_is_taken_if_the_loss_rises_by_a_tenth_at_most"
 _LOSS = "tests/test_block.py::test_a_loss_or_a_slope_that_is_not_finite"
 _PARABOLA = "tests/test_block.py::test_kappa_finds_the_curvature_of_a_parabola"
+_FIRST = "tests/test_block.py::test_the_first_radius_is_a_share_of_the_first_loss"
 _NUMPY = "tests/test_block.py::test_against_numpy[1.0]"
 _RATE = "tests/test_block.py::test_against_numpy[2.5]"
 _INPUTS = "tests/test_block.py::test_inputs_that_are_not_finite"
@@ -61,6 +62,9 @@ BLOCK = (
     _generations("jnp.where(goes_on, x, held)", "x"),
     _generations("fits = jnp.all(", "fits = jnp.any("),
     _generations("next=(H.next + q) % m", "next=H.next + q"),
+    _trust("(trust.steps == 0) & (first > 0)", "(first > 0)", _FIRST),
+    _trust("(trust.steps == 0) & (first > 0)", "(trust.steps == 0)", _FIRST),
+    _trust("& jnp.isfinite(first)", "", _FIRST),
     _trust("usable = (slope > 0) & (curvature > 0)", "usable = (curvature > 0)"),
     _trust(
         "usable = (slope > 0) & (curvature > 0)",
