@@ -1,7 +1,8 @@
 """Kronecker-factored quasi-Newton methods as Optax gradient transformations for Flax."""
 
-from kfqn_optax.block_rule import ScaleByBlockKBFGSState, block_kbfgs, scale_by_block_kbfgs
+from kfqn_optax.block_rule import block_kbfgs, scale_by_block_kbfgs
 from kfqn_optax.block_state import BlockState
+from kfqn_optax.block_step import ScaleByBlockKBFGSState
 from kfqn_optax.capture import curvature_fn, find_layers
 from kfqn_optax.combine import microbatches, over_axis, over_microbatches
 from kfqn_optax.health import Health, LayerHealth, health

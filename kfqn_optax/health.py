@@ -8,7 +8,7 @@ import jax.core
 import numpy as np
 
 from kfqn_optax import pairs
-from kfqn_optax.block_rule import ScaleByBlockKBFGSState
+from kfqn_optax.block_step import ScaleByBlockKBFGSState
 from kfqn_optax.layer_state import COLUMNS
 from kfqn_optax.summary import states_of_pairs, table
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from kfqn_optax import inverse
-from kfqn_optax.block_rule import ScaleByBlockKBFGSState
+from kfqn_optax.block_step import ScaleByBlockKBFGSState
 from kfqn_optax.layers import Layer, join, named_leaves, path_name
 from kfqn_optax.mbf_rule import ScaleByMBFState
 from kfqn_optax.mini_block import MiniBlockState

@@ -90,7 +90,7 @@ def test_only_the_outer_rooms_know_flax_or_optax():
     optax_rooms = {room for room, hosts in rooms.items() if "optax" in hosts}
     assert optax_rooms <= {
         "transform", "methods", "optimizer", "sharding", "summary", "train_state", "natural",
-        "kfac_rule", "tkfac_rule", "mbf_rule", "block_rule",
+        "kfac_rule", "tkfac_rule", "mbf_rule", "block_step", "block_rule",
     }  # fmt: skip
     assert rooms["capture"] == {"flax"}  # the test can see
     assert rooms["transform"] == {"optax"}
@@ -143,7 +143,7 @@ def test_a_room_imports_only_rooms_above_it():
             "inverse", "intake",
         },
         "direction": {"options", "layers", "inverse"},
-        "health": {"block_rule", "pairs", "layer_state", "summary"},
+        "health": {"block_step", "pairs", "layer_state", "summary"},
         "moments": {"options", "layers", "layer_state", "bfgs", "inverse", "statistics"},
         "sampling": set(),
         "natural": {
@@ -164,8 +164,11 @@ def test_a_room_imports_only_rooms_above_it():
             "options", "pairs", "statistics",
         },
         "trust": set(),
+        "block_step": {
+            "block_state", "direction", "layers", "options", "statistics", "transform", "trust",
+        },
         "block_rule": {
-            "block_state", "checks", "direction", "layers", "optimizer", "options", "statistics",
+            "block_state", "block_step", "checks", "layers", "optimizer", "options", "statistics",
             "transform", "trust",
         },
         "mini_block": {"inverse", "layers", "options", "statistics"},
