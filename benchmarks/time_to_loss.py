@@ -11,7 +11,7 @@ to ``benchmarks/results/time_to_loss.jsonl`` as it ends; what that holds is not 
 start; weight decay 1e-5; batch 1000.
 
 Learning rates are tried with one seed, and further ones beside them until the best is no edge; the
-best is run with the other seeds.
+best is run with the other seeds. With ``--tune_epochs`` they are tried for so many epochs only.
 
 ``--table`` prints, for the best learning rate of each method, the plain-step equivalents until the
 train loss first reaches some targets: steps (to the end of the epoch) times what a step costs, as a
@@ -137,13 +137,13 @@ def examples_of(path, part):
 def run_all(options):
     problem, examples = problems.make(options.problem), examples_of(options.data, "train")
 
-    def final(method, rate, seed):
+    def final(method, rate, seed, epochs):
         key = {"problem": problem.name, "method": method, "learning_rate": rate, "seed": seed}
-        key |= {"examples": len(examples), "epochs": options.epochs}
+        key |= {"examples": len(examples), "epochs": epochs}
         found = next((run for run in read(options.output) if key.items() <= run.items()), None)
         if found is None:
             make, share, _, _ = METHODS[method]
-            batches, begin = orders(seed, options.epochs, len(examples)), time.perf_counter()
+            batches, begin = orders(seed, epochs, len(examples)), time.perf_counter()
             arguments = initial(problem, seed), examples, batches, rate
             losses = jax.device_get(train(*arguments, problem.loss_fn, make, share))
             found = key | {
@@ -157,9 +157,10 @@ def run_all(options):
         last = found["train_loss"][-1]
         return last if math.isfinite(last) else math.inf
 
+    short = options.tune_epochs or options.epochs
     for method in options.methods:
         rates = METHODS[method][2]
-        losses = {rate: final(method, rate, options.seeds[0]) for rate in rates}
+        losses = {rate: final(method, rate, options.seeds[0], short) for rate in rates}
         ratio = rates[1] / rates[0]
         for _ in range(EDGES):
             best = min(losses, key=losses.__getitem__)
@@ -167,9 +168,9 @@ def run_all(options):
             if beside is None:
                 break
             beside = float(f"{beside:.1g}")
-            losses[beside] = final(method, beside, options.seeds[0])
-        for seed in options.seeds[1:]:
-            final(method, min(losses, key=losses.__getitem__), seed)
+            losses[beside] = final(method, beside, options.seeds[0], short)
+        for seed in options.seeds:
+            final(method, min(losses, key=losses.__getitem__), seed, options.epochs)
 
 
 def read(path):
@@ -183,14 +184,16 @@ def table(path, name, prices):
     rows, targets = prices[name]["rows"], TARGETS[name]
     print(f"\n{name}, {runs[0]['examples']} examples, train loss; plain-step equivalents (seconds)")
     print("\n| method | learning rate | seeds | step | runs |", end=" ")
-    print(" | ".join(f"to {t}" for t in targets), end=" | half way | end |\n")
-    print("|---" * (len(targets) + 7) + "|")
+    print(" | ".join(f"to {t}" for t in targets), end=" | epochs | half way | end |\n")
+    print("|---" * (len(targets) + 8) + "|")
     for method, (_, _, _, candidate) in METHODS.items():
         mine = [run for run in runs if run["method"] == method]
         if not any(math.isfinite(run["train_loss"][-1]) for run in mine):
             continue
-        best = min(mine, key=_last)["learning_rate"]
-        curves = [run["train_loss"] for run in mine if run["learning_rate"] == best]
+        longest = max(run["epochs"] for run in mine)
+        whole = [run for run in mine if run["epochs"] == longest]
+        best = min(whole, key=_last)["learning_rate"]
+        curves = [run["train_loss"] for run in whole if run["learning_rate"] == best]
         median = [statistics.median(losses) for losses in zip(*curves, strict=True)]
         ratio, plain = rows[candidate]["ratio"], rows["plain"]["median_s"]
         cells = []
@@ -200,7 +203,7 @@ def table(path, name, prices):
             cells.append(
                 "not" if epoch is None else f"{equivalents:.0f} ({equivalents * plain:.0f})"
             )
-        cells += [f"{median[len(median) // 2 - 1]:.1f}", f"{median[-1]:.1f}"]
+        cells += [f"{longest}", f"{median[len(median) // 2 - 1]:.1f}", f"{median[-1]:.1f}"]
         print(f"| {method} | {best:g} | {len(curves)} | {ratio:.2f} | {len(mine)} | ", end="")
         print(" | ".join(cells), end=" |\n")
 
@@ -222,6 +225,7 @@ def main():
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--epochs", type=int, default=10)
+    parser.add_argument("--tune_epochs", type=int, help="of the runs that choose a learning rate")
     options = parser.parse_args()
     if options.export:
         from kfqn_optax.experiment.datasets import load
