@@ -56,8 +56,8 @@ def scale_by_block_kbfgs(
     Args:
         learning_rate: what the step to the minimum of the parabola is multiplied by; a number or a
             schedule. (The minimum is that of this batch: steps all the way to it keep the loss
-            some percent above what half as long ones reach.) It must be the one that scales the
-            updates afterwards.
+            some percent above what half as long ones reach.) No step goes beyond the minimum: more
+            than 1 is as 1. It must be the one that scales the updates afterwards.
         damping: lambda; a number above 0, or a schedule. sqrt(lambda) on each side.
         pairs: q, how many pairs each factor takes in a step; a whole number of at least 1.
         window: the output factors know the pairs of the last ``window / 2`` to ``window`` steps and
@@ -174,7 +174,7 @@ def block_kbfgs(
 
     Args:
         learning_rate: what the step to the minimum of the parabola is multiplied by; a number or a
-            schedule.
+            schedule. More than 1 is as 1.
         damping: lambda; a number above 0, or a schedule.
         pairs: q, how many pairs each factor takes in a step.
         window: the output factors know the pairs of the last ``window / 2`` to ``window`` steps.

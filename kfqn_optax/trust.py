@@ -6,12 +6,12 @@ Along a direction P the loss is taken for a parabola,
 
 ``<M, P>`` is the curvature that the factors promise (P is ``H M``, so it is ``<P, H^-1 P>``), and
 kappa what the promise was worth in the last steps: each step is measured at its end anyway (the
-probe), so the parabola through loss, slope and loss at the end tells. The step goes to the minimum,
-but no farther than ``a^2 <M, P> <= radius``. The radius grows and shrinks as in any trust-region
-method (Nocedal and Wright, algorithm 4.1), by the ratio of actual to predicted change, with two
-differences: a step after which the loss is a little higher is taken all the same, and the radius
-does not stay below 2% of the loss. At the start nothing is known, and the radius is half a percent
-of the loss. On few examples and a network's loss, a method that never goes
+probe), so the parabola through loss, slope and loss at the end tells. The step goes to the minimum
+or to a share of the way, and no farther than ``a^2 <M, P> <= radius``. The radius grows and shrinks
+as in any trust-region method (Nocedal and Wright, algorithm 4.1), by the ratio of actual to
+predicted change, with two differences: a step after which the loss is a little higher is taken all
+the same, and the radius does not stay below 2% of the loss. At the start nothing is known, and the
+radius is half a percent of the loss. On few examples and a network's loss, a method that never goes
 uphill gets stuck. A step after which the loss is much higher is not taken.
 """
 
@@ -84,7 +84,7 @@ def propose(trust: Trust, slope: jax.Array, curvature: jax.Array, scale: jax.Arr
         trust: as the last step left it.
         slope: <G, P>, what the loss falls by per unit of a at the start.
         curvature: <M, P>, of the factors.
-        scale: the learning rate, by which the step to the minimum is multiplied.
+        scale: the learning rate, by which the step to the minimum is multiplied; 1 if it is more.
 
     Returns:
         The step; of length 0 where the loss does not fall along P, where a number is not finite,
@@ -92,7 +92,8 @@ def propose(trust: Trust, slope: jax.Array, curvature: jax.Array, scale: jax.Arr
     """
     usable = (slope > 0) & (curvature > 0) & jnp.isfinite(slope) & jnp.isfinite(curvature)
     curvature = jnp.where(usable, curvature, 1)
-    length = jnp.minimum(jnp.where(usable, slope, 0) / (trust.kappa * curvature), LONGEST) * scale
+    length = jnp.minimum(jnp.where(usable, slope, 0) / (trust.kappa * curvature), LONGEST)
+    length = length * jnp.minimum(scale, 1)
     squared = length**2 * curvature
     within = jnp.sqrt(trust.radius / jnp.where(squared > trust.radius, squared, trust.radius))
     length = length * within

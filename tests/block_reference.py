@@ -81,7 +81,7 @@ class BlockMlp(reference.Mlp):
             slope_c += np.sum(g_seen[i].T @ seen[i] / m * P[i])
         if self.radius is None:
             self.radius = 0.005 * abs(before)
-        a = min(slope / (self.kappa * curvature), 10.0) * self.lr if slope > 0 else 0.0
+        a = min(slope / (self.kappa * curvature), 10.0) * min(self.lr, 1) if slope > 0 else 0.0
         if a * a * curvature > self.radius:
             a = np.sqrt(self.radius / curvature)
         old, new = self.W, [W - a * p for W, p in zip(self.W, P, strict=True)]

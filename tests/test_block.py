@@ -418,6 +418,12 @@ def test_a_step_is_taken_if_the_loss_rises_by_a_tenth_at_most(before, rise, take
     assert int(new.rejected) == (not taken)
 
 
+@pytest.mark.parametrize(("rate", "length"), [(0.25, 0.25), (1.0, 1.0), (3.0, 1.0)])
+def test_the_learning_rate_is_a_share_of_the_way_to_the_minimum(rate, length):
+    step = propose(trust.init(jnp.float64), *map(jnp.asarray, (1.0, 1.0, rate)))
+    assert float(step.length) == length
+
+
 def test_the_first_radius_is_a_share_of_the_first_loss():
     held = trust.init(jnp.float64)
     step = propose(held, *map(jnp.asarray, (100.0, 1.0, 1.0)))

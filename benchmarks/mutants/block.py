@@ -13,7 +13,7 @@ _LOSS = "tests/test_block.py::test_a_loss_or_a_slope_that_is_not_finite"
 _PARABOLA = "tests/test_block.py::test_kappa_finds_the_curvature_of_a_parabola"
 _FIRST = "tests/test_block.py::test_the_first_radius_is_a_share_of_the_first_loss"
 _NUMPY = "tests/test_block.py::test_against_numpy[1.0]"
-_RATE = "tests/test_block.py::test_against_numpy[2.5]"
+_SHARE = "tests/test_block.py::test_the_learning_rate_is_a_share_of_the_way_to_the_minimum"
 _INPUTS = "tests/test_block.py::test_inputs_that_are_not_finite"
 _REACHED = "tests/test_block.py::test_layers_that_are_not_reached"
 _DIGITS = "tests/test_block.py::test_a_step_of_last_digits_teaches_the_output_side_nothing"
@@ -73,7 +73,8 @@ BLOCK = (
     ),
     _trust("& jnp.isfinite(slope) & jnp.isfinite(curvature)", ""),
     _trust("(trust.kappa * curvature), LONGEST)", "curvature, LONGEST)"),
-    _trust("LONGEST) * scale", "LONGEST)", _RATE),
+    _trust("length * jnp.minimum(scale, 1)", "length", _SHARE),
+    _trust("length * jnp.minimum(scale, 1)", "length * scale", _SHARE),
     _trust("length = length * within", "length = length"),
     _trust("usable &= squared > _smallest(squared)", ""),
     _trust("finite = jnp.isfinite(after) & jnp.isfinite(slope)", "finite = jnp.isfinite(after)"),
