@@ -20,7 +20,7 @@ def measured(tmp_path_factory):
     arguments = ["--sizes", "width-4", "--rounds", "3", "--output"]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(device, "peaks", lambda: PEAKS)
-        chosen = ["adam", "kbfgs", "kbfgs, one pass", "fast, every 4th step"]
+        chosen = ["adam", "kbfgs", "kbfgs, one pass", "fast, every 2nd step"]
         patch.setattr(sys, "argv", ["price", *arguments, str(output), "--candidates", *chosen])
         command.main()
         stages = ["--candidates", "--stages", "kbfgs"]
@@ -31,7 +31,7 @@ def measured(tmp_path_factory):
 
 def test_steps(measured):
     rows = measured["steps"]["width-4"]["rows"]
-    assert list(rows) == ["plain", "adam", "kbfgs", "kbfgs, one pass", "fast, every 4th step"]
+    assert list(rows) == ["plain", "adam", "kbfgs", "kbfgs, one pass", "fast, every 2nd step"]
     plain = statistics.median(rows["plain"]["steps_s"])
     for row in rows.values():
         assert len(row["steps_s"]) == 3

@@ -75,7 +75,7 @@ MAIN = {
     "kfqn": _ours(kfqn.kfqn, moment=False),
     "kfqn, a tenth": _ours(kfqn.kfqn, 0.1, moment=False),
     "fast": _ours(kfqn.kfqn, 0.1, moment=False, output_memory=20),
-    "fast, every 4th step": _ours(kfqn.kfqn, 0.1, moment=False, output_memory=20, update_every=4),
+    "fast, every 2nd step": _ours(kfqn.kfqn, 0.1, moment=False, output_memory=20, update_every=2),
     "block": Candidate(
         lambda problem: kfqn.block_kbfgs(layers=problem.layers(), weight_decay=1e-5),
         examples=0.1,
