@@ -171,36 +171,25 @@ def write(config, results):
     path_of(config).write_text(json.dumps(results) + "\n")
 
 
-def tune(config, methods, steps):
-    """Runs what is not in the results yet."""
+def run_all(config, methods, steps, rates=None, seeds=None):
+    """Runs what is not in the results yet.
+
+    Each method's grid with the config's seed; or, without a choice of the best, other rates and
+    seeds, whose results are kept apart, under "spread".
+    """
     results = read(config)
+    kept = results["methods"] if rates is None else results.setdefault("spread", {})
     problem, dataset = make_problem(config), load_dataset(config)
     for method in methods:
-        runs = results["methods"].setdefault(method, [])
-        trial = None
-        for learning_rate in grid(method, config.problem):
-            if any(run["learning_rate"] == learning_rate for run in runs):
-                continue
-            trial = trial or Trial(config, method, problem, dataset)
-            runs.append(trial.run(learning_rate, steps, config.seed))
-            write(config, results)
-            print(method, learning_rate, runs[-1]["curve"][-1], flush=True)
-
-
-def spread(config, methods, steps, rates, seeds):
-    """Other rates and seeds, without a choice of the best; results under "spread"."""
-    results = read(config)
-    problem, dataset = make_problem(config), load_dataset(config)
-    for method in methods:
-        runs, trial = results.setdefault("spread", {}).setdefault(method, []), None
-        for rate, seed in itertools.product(rates, seeds):
-            key = {"learning_rate": rate, "seed": seed}
+        runs, trial = kept.setdefault(method, []), None
+        for rate, seed in itertools.product(rates or grid(method, config.problem), seeds or [None]):
+            key = {"learning_rate": rate} | ({} if seed is None else {"seed": seed})
             if any(key.items() <= run.items() for run in runs):
                 continue
             trial = trial or Trial(config, method, problem, dataset)
-            runs.append(key | trial.run(rate, steps, seed))
+            runs.append(key | trial.run(rate, steps, config.seed if seed is None else seed))
             write(config, results)
-            print(method, rate, seed, runs[-1]["curve"][-1], flush=True)
+            print(method, key, runs[-1]["curve"][-1], flush=True)
 
 
 def measure_time(config, methods, rounds):
@@ -287,9 +276,9 @@ def main():
     if options.time:
         measure_time(config.value, options.methods, rounds=15)
     elif options.rates:
-        spread(config.value, options.methods, options.steps, options.rates, options.seeds)
+        run_all(config.value, options.methods, options.steps, options.rates, options.seeds)
     else:
-        tune(config.value, options.methods, options.steps)
+        run_all(config.value, options.methods, options.steps)
 
 
 if __name__ == "__main__":

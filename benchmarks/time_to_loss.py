@@ -169,8 +169,9 @@ def run_all(options):
                 break
             beside = float(f"{beside:.1g}")
             losses[beside] = final(method, beside, options.seeds[0], short)
+        best = min(losses, key=losses.__getitem__)
         for seed in options.seeds:
-            final(method, min(losses, key=losses.__getitem__), seed, options.epochs)
+            final(method, best, seed, options.epochs)
 
 
 def read(path):
