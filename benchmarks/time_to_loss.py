@@ -187,16 +187,17 @@ def table(path, name, prices):
     print("\n| method | learning rate | seeds | step | runs |", end=" ")
     print(" | ".join(f"to {t}" for t in targets), end=" | epochs | half way | end |\n")
     print("|---" * (len(targets) + 8) + "|")
-    for method, (_, _, _, candidate) in METHODS.items():
+    for method in dict.fromkeys([*METHODS, *(run["method"] for run in runs)]):
         mine = [run for run in runs if run["method"] == method]
         if not any(math.isfinite(run["train_loss"][-1]) for run in mine):
             continue
         longest = max(run["epochs"] for run in mine)
         whole = [run for run in mine if run["epochs"] == longest]
-        best = min(whole, key=_last)["learning_rate"]
+        best = min(whole, key=_last)["learning_rate"]  # None: it adapts
         curves = [run["train_loss"] for run in whole if run["learning_rate"] == best]
         median = [statistics.median(losses) for losses in zip(*curves, strict=True)]
-        ratio, plain = rows[candidate]["ratio"], rows["plain"]["median_s"]
+        ratio = whole[0].get("ratio") or rows[METHODS[method][3]]["ratio"]
+        plain = rows["plain"]["median_s"]
         cells = []
         for target in targets:
             epoch = next((i for i, loss in enumerate(median, 1) if loss <= target), None)
@@ -205,7 +206,10 @@ def table(path, name, prices):
                 "not" if epoch is None else f"{equivalents:.0f} ({equivalents * plain:.0f})"
             )
         cells += [f"{longest}", f"{median[len(median) // 2 - 1]:.1f}", f"{median[-1]:.1f}"]
-        print(f"| {method} | {best:g} | {len(curves)} | {ratio:.2f} | {len(mine)} | ", end="")
+        print(
+            f"| {method} | {best or 'adapts'} | {len(curves)} | {ratio:.2f} | {len(mine)} | ",
+            end="",
+        )
         print(" | ".join(cells), end=" |\n")
 
 

@@ -37,6 +37,7 @@ def scale_by_block_kbfgs(
     momentum: Number = 0.9,
     factor_decay: Number = 0.9,
     powell: Number = 0.2,
+    update_every: ScalarOrSchedule | None = None,
     max_factor_dim: Number | None = None,
     layers: Iterable[Layer] | None = None,
 ) -> optax.GradientTransformationExtraArgs:
@@ -60,11 +61,15 @@ def scale_by_block_kbfgs(
             than 1 is as 1. It must be the one that scales the updates afterwards.
         damping: lambda; a number above 0, or a schedule. sqrt(lambda) on each side.
         pairs: q, how many pairs each factor takes in a step; a whole number of at least 1.
-        window: the output factors know the pairs of the last ``window / 2`` to ``window`` steps and
-            nothing of those before; a multiple of 2.
+        window: the output factors know the pairs of the last ``window / 2`` to ``window`` measured
+            steps and nothing of those before; a multiple of 2.
         momentum: decay of M, in [0, 1); M is corrected for its start from 0.
         factor_decay: decay of the running average A, in [0, 1); the first averages are plain means.
         powell: mu_1 of Powell's damping, in (0, 1).
+        update_every: k; curvature is measured, and the factors change, in steps whose number is a
+            multiple of k; the others are made as with ``curvature_fn=None``. A whole number of at
+            least 1, or a schedule of such. None: in each of the first 200 steps and in every 4th
+            after them, since curvature changes fast at first and measuring it is a fifth of a step.
         max_factor_dim: layers with a longer side (None: 8192) are refused.
         layers: which layers, from `find_layers`; by default every ``kernel`` with two axes.
             Embeddings are refused.
@@ -80,7 +85,15 @@ def scale_by_block_kbfgs(
         once. Their use for both factors, and the length of the step, are this library's.
     """
     settings = Settings(
-        learning_rate, damping, pairs, window, momentum, factor_decay, powell, max_factor_dim
+        learning_rate=learning_rate,
+        damping=damping,
+        pairs=pairs,
+        window=window,
+        momentum=momentum,
+        factor_decay=factor_decay,
+        powell=powell,
+        update_every=update_every,
+        max_factor_dim=max_factor_dim,
     )
     given = layers_lib.as_layers(layers)
     count_of_pairs = known_size("pairs", pairs)
@@ -132,17 +145,27 @@ def scale_by_block_kbfgs(
         if not present:
             return updates, state._replace(count=count)
         checks.check_arguments(params, curvature_fn, present, "block K-BFGS")
-        measured = None
-        if curvature_fn is not None:
-            measured = curvature_fn(
+        make = functools.partial(block_step.step, settings, present, updates, state, params)
+
+        def seen(fn: CurvatureFn) -> tuple[Any, ScaleByBlockKBFGSState]:
+            measured = fn(
                 params, moments=list(state.layers), sketches=count_of_pairs, gradient=True
             )
             checks.check_statistics(
                 present, measured, given is None, named_leaves(params), state.layers
             )
-        updates, new = block_step.step(
-            settings, present, updates, state, params, measured, curvature_fn, count_of_pairs
-        )
+            return make(measured, fn, count_of_pairs)
+
+        def unseen() -> tuple[Any, ScaleByBlockKBFGSState]:
+            return make(None, None, count_of_pairs)
+
+        if curvature_fn is None:
+            updates, new = unseen()
+        elif settings.measures_always():
+            updates, new = seen(curvature_fn)
+        else:
+            due = settings.measures(state.count)
+            updates, new = jax.lax.cond(due, lambda: seen(curvature_fn), unseen)
         return updates, new._replace(count=count)
 
     return optax.GradientTransformationExtraArgs(cast(Any, init_fn), cast(Any, update_fn))
@@ -166,6 +189,7 @@ def block_kbfgs(
     weight_decay: Number = 0.0,
     factor_decay: Number = 0.9,
     powell: Number = 0.2,
+    update_every: ScalarOrSchedule | None = None,
     max_factor_dim: Number | None = None,
     layers: Iterable[Layer] | None = None,
     fallback: optax.GradientTransformation | None = None,
@@ -177,11 +201,14 @@ def block_kbfgs(
             schedule. More than 1 is as 1.
         damping: lambda; a number above 0, or a schedule.
         pairs: q, how many pairs each factor takes in a step.
-        window: the output factors know the pairs of the last ``window / 2`` to ``window`` steps.
+        window: the output factors know the pairs of the last ``window / 2`` to ``window`` measured
+            steps.
         momentum: decay of M, in [0, 1).
         weight_decay: tau, at least 0; ``tau`` times kernel and bias enters the gradient.
         factor_decay: decay of the running second moment of layer inputs, in [0, 1).
         powell: mu_1 of Powell's damping, in (0, 1).
+        update_every: curvature is measured in every so many steps; a number or a schedule. None:
+            in each of the first 200 steps, in every 4th after them.
         max_factor_dim: layers with a longer side (None: 8192) are refused.
         layers: which layers, from `find_layers`; by default every ``kernel`` with two axes.
         fallback: what updates all other parameters; ``optax.adam(1e-3)`` by default.
@@ -200,6 +227,7 @@ def block_kbfgs(
         momentum=momentum,
         factor_decay=factor_decay,
         powell=powell,
+        update_every=update_every,
         max_factor_dim=max_factor_dim,
         layers=layers,
     )

@@ -22,11 +22,15 @@ from kfqn_optax.options import (
     check,
     check_decay,
     check_size,
+    known,
     value_at,
 )
 from kfqn_optax.statistics import Statistics
 from kfqn_optax.transform import like
 from kfqn_optax.trust import Trust
+
+# Unless told otherwise, curvature is measured in each of the first steps, later in every so many.
+FIRST_STEPS, LATER_EVERY = 200, 4
 
 
 class ScaleByBlockKBFGSState(NamedTuple):
@@ -58,6 +62,7 @@ class Settings:
     momentum: Number
     factor_decay: Number
     powell: Number
+    update_every: ScalarOrSchedule | None
     max_factor_dim: Number | None
 
     def __post_init__(self):
@@ -68,8 +73,23 @@ class Settings:
         check_decay("momentum", self.momentum)
         check_decay("factor_decay", self.factor_decay)
         check("powell", self.powell, lambda v: 0 < v < 1, "between 0 and 1")
+        if self.update_every is not None and not callable(self.update_every):
+            check_size("update_every", self.update_every)
         if self.max_factor_dim is not None:
             check_size("max_factor_dim", self.max_factor_dim)
+
+    def measures_always(self) -> bool:
+        """Whether curvature is known to be measured in every step."""
+        every = self.update_every
+        return not (every is None or callable(every)) and bool(known(every) == 1)
+
+    def measures(self, count: jax.Array) -> jax.Array:
+        """Whether curvature is measured in step ``count``; a schedule's values below 1 are as 1."""
+        every = self.update_every
+        if every is None:
+            every = jnp.where(count < FIRST_STEPS, 1, LATER_EVERY)
+        every = jnp.asarray(value_at(every, count)).astype(jnp.int32)
+        return count % jnp.maximum(every, 1) == 0
 
 
 def step(

@@ -19,7 +19,8 @@ PAIRS, WINDOW, PART = 3, 4, 4
 
 
 def make(lr=1.0, damping=0.1, **options):
-    return kfqn.scale_by_block_kbfgs(lr, damping, pairs=PAIRS, window=WINDOW, **options)
+    options = {"pairs": PAIRS, "window": WINDOW, "update_every": 1} | options
+    return kfqn.scale_by_block_kbfgs(lr, damping, **options)
 
 
 def step_of(tx, loss_fn):

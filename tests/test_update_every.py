@@ -16,6 +16,9 @@ METHODS = {
     "kbfgs": kfqn.kbfgs,
     "kbfgs_l": lambda *numbers, **options: kfqn.kbfgs_l(*numbers, memory_size=3, **options),
     "kfqn": kfqn.kfqn,
+    "block": lambda *numbers, update_every=1: kfqn.block_kbfgs(
+        *numbers, pairs=2, window=4, update_every=update_every
+    ),
 }
 
 
@@ -39,7 +42,12 @@ def kept_in_between(make, every, loss_fn, params, batches):
 
 @pytest.mark.parametrize(
     ("method", "every"),
-    [("kbfgs", 2), pytest.param("kbfgs_l", 3, marks=pytest.mark.slow), ("kfqn", 3)],
+    [
+        ("kbfgs", 2),
+        pytest.param("kbfgs_l", 3, marks=pytest.mark.slow),
+        ("kfqn", 3),
+        ("block", 2),
+    ],
 )
 def test_it_is_curvature_fn_none_in_the_steps_between(method, every):
     make = METHODS[method]
@@ -109,7 +117,55 @@ def test_one_is_the_published_method():
     assert results[0] == results[1] == results[2]
 
 
+@pytest.mark.parametrize("method", ["kbfgs", "block_kbfgs"])
 @pytest.mark.parametrize("every", [0, -1, 1.5, np.inf])
-def test_out_of_range(every):
+def test_out_of_range(method, every):
     with pytest.raises(ValueError, match="update_every must be a whole number of at least 1"):
-        kfqn.kbfgs(0.3, 0.3, update_every=every)
+        getattr(kfqn, method)(0.3, 0.3, update_every=every)
+
+
+def measured_steps(tx, counts):
+    """In which of these steps ``tx`` changes its factors, one compiled program for all."""
+    loss_fn, params, x, t = problem()
+    start, step = tx.init(params), step_of(tx, loss_fn)
+
+    def measures(count):
+        (state,) = [s for s in jax.tree.leaves(start, is_leaf=is_block) if is_block(s)]
+        counted = state._replace(count=jnp.asarray(count, jnp.int32))
+        begun = jax.tree.map(lambda s: counted if is_block(s) else s, start, is_leaf=is_block)
+        _, after, _ = step(params, begun, x, t)
+        return int(optax.tree.get(after, "trust").steps) == 1
+
+    seen = [count for count in counts if measures(count)]
+    assert step._cache_size() == 1
+    return seen
+
+
+def is_block(state):
+    return hasattr(state, "trust") and hasattr(state, "averaged")
+
+
+def test_block_kbfgs_measures_less_often_after_a_while():
+    """Unless told otherwise; and as a schedule tells it, whose values below 1 are as 1."""
+    counts = [0, 1, 2, 197, 198, 199, 200, 201, 202, 203, 204, 206, 1000, 1001]
+    by_itself = measured_steps(kfqn.block_kbfgs(pairs=2, window=4), counts)
+    assert by_itself == [0, 1, 2, 197, 198, 199, 200, 204, 1000]
+    schedule = optax.piecewise_constant_schedule(0.0, {})  # always 0
+    told = kfqn.block_kbfgs(pairs=2, window=4, update_every=schedule)
+    assert measured_steps(told, counts) == counts
+    told = kfqn.block_kbfgs(pairs=2, window=4, update_every=lambda n: jnp.where(n < 199, 1, 3))
+    assert measured_steps(told, counts) == [0, 1, 2, 197, 198, 201, 204]
+    assert measured_steps(kfqn.block_kbfgs(pairs=2, window=4, update_every=1), counts) == counts
+
+
+def test_a_traced_number_serves_block_kbfgs_too():
+    tx = optax.inject_hyperparams(
+        kfqn.scale_by_block_kbfgs, static_args=("pairs", "window", "learning_rate")
+    )(0.5, 0.03, pairs=2, window=4, update_every=3)
+    loss_fn, params, *_ = problem()
+    state, step, changed = tx.init(params), step_of(tx, loss_fn), []
+    for batch in batches_for(params, count=4):
+        before = int(optax.tree.get(state, "trust").steps)
+        _, state, _ = step(params, state, *batch)
+        changed.append(int(optax.tree.get(state, "trust").steps) > before)
+    assert changed == [True, False, False, True]

@@ -60,6 +60,14 @@ def _ours(method, examples: float | None = 1.0, moment=True, output=None, **opti
     return Candidate(make, examples, ours=True, moment=moment, every=every, **sides)
 
 
+def _block(every) -> Candidate:
+    def make(problem):
+        options = {"layers": problem.layers(), "update_every": every}
+        return kfqn.block_kbfgs(weight_decay=1e-5, **options)
+
+    return Candidate(make, 0.1, ours=True, every=every)
+
+
 def _peer(make, extra=None) -> Candidate:
     return Candidate(lambda _: make(), extra=extra)
 
@@ -76,17 +84,19 @@ MAIN = {
     "kfqn, a tenth": _ours(kfqn.kfqn, 0.1, moment=False),
     "fast": _ours(kfqn.kfqn, 0.1, moment=False, output_memory=20),
     "fast, every 2nd step": _ours(kfqn.kfqn, 0.1, moment=False, output_memory=20, update_every=2),
-    "block": Candidate(
-        lambda problem: kfqn.block_kbfgs(layers=problem.layers(), weight_decay=1e-5),
-        examples=0.1,
-        ours=True,
-    ),
+    "block": _block(1),
+    "block, every 4th step": _block(4),
     "kbfgs, factors kept": _ours(kfqn.kbfgs, None),
 }
 MORE = {
     **{
         f"{name}, one pass": dataclasses.replace(MAIN[name], asked=asked)
-        for name, asked in {"kbfgs": {}, "fast": {}, "block": {"sketches": 8}}.items()
+        for name, asked in {
+            "kbfgs": {},
+            "fast": {},
+            "block": {"sketches": 8},
+            "block, every 4th step": {"sketches": 8},
+        }.items()
     },
     "kfqn, 20 pairs out": _ours(kfqn.kfqn, moment=False, output_memory=20),
     "kbfgs_l, a tenth": _ours(kfqn.kbfgs_l, 0.1, output=100),
