@@ -159,10 +159,10 @@ def run_all(options):
 
     short = options.tune_epochs or options.epochs
     for method in options.methods:
-        rates = METHODS[method][2]
+        rates = options.rates or METHODS[method][2]
         losses = {rate: final(method, rate, options.seeds[0], short) for rate in rates}
-        ratio = rates[1] / rates[0]
-        for _ in range(EDGES):
+        ratio = METHODS[method][2][1] / METHODS[method][2][0]
+        for _ in range(0 if options.rates else EDGES):
             best = min(losses, key=losses.__getitem__)
             beside = {max(losses): best * ratio, min(losses): best / ratio}.get(best)
             if beside is None:
@@ -230,6 +230,7 @@ def main():
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--epochs", type=int, default=10)
+    parser.add_argument("--rates", nargs="+", type=float, help="in place of a method's grid")
     parser.add_argument("--tune_epochs", type=int, help="of the runs that choose a learning rate")
     options = parser.parse_args()
     if options.export:
