@@ -30,11 +30,12 @@ import optax
 import kfqn_optax as kfqn
 from benchmarks import time_to_loss
 from benchmarks.price import problems
+from kfqn_optax.block_step import FIRST_STEPS, LATER_EVERY
 
 RESULTS = Path(__file__).parent / "results"
 OUTPUT = RESULTS / "one_setting.jsonl"
 BATCH, PART = problems.BATCH, 100
-FIRST_STEPS, LATER = 200, "block, every 4th step"
+LATER = f"block, every {LATER_EVERY}th step"  # in `price`
 METHODS = {
     "block": lambda lr: kfqn.block_kbfgs(lr, weight_decay=1e-5),
     **{name: time_to_loss.METHODS[name][0] for name in ("fast", "muon", "adam")},
@@ -131,10 +132,9 @@ def reached(losses, every, target):
 
 
 def equivalents(steps, method, rows):
-    """What so many steps cost, in plain ones; with curvature in every 4th step after the first."""
-    first = min(steps, FIRST_STEPS) if method == "block" else steps
-    price = rows[method]["ratio"] * first
-    return price if first == steps else price + rows[LATER]["ratio"] * (steps - first)
+    """What so many steps cost, in plain ones; later steps of block K-BFGS have their own price."""
+    first, later = min(steps, FIRST_STEPS), LATER if method == "block" else method
+    return first * rows[method]["ratio"] + (steps - first) * rows[later]["ratio"]
 
 
 def table(options):

@@ -100,6 +100,12 @@ def orders(seed, epochs, count):
     )  # fmt: skip
 
 
+def mean_loss(loss_fn, params, examples):
+    """The loss of all examples, some batches at a time."""
+    parts = examples.reshape(-1, 5 * BATCH, examples.shape[1])
+    return jnp.mean(jax.lax.map(lambda x: loss_fn(params, x), parts))
+
+
 @functools.partial(jax.jit, static_argnames=("loss_fn", "make", "share"))
 def train(params, examples, batches, learning_rate, loss_fn, make, share):
     """Train losses after each epoch."""
@@ -120,8 +126,7 @@ def train(params, examples, batches, learning_rate, loss_fn, make, share):
 
     def epoch(carry, batches):
         carry, _ = jax.lax.scan(step, carry, batches)
-        parts = examples.reshape(-1, 5 * BATCH, examples.shape[1])
-        return carry, jnp.mean(jax.lax.map(lambda x: loss_fn(carry[0], x), parts))
+        return carry, mean_loss(loss_fn, carry[0], examples)
 
     return jax.lax.scan(epoch, (params, tx.init(params)), batches)[1]
 

@@ -145,28 +145,27 @@ def scale_by_block_kbfgs(
         if not present:
             return updates, state._replace(count=count)
         checks.check_arguments(params, curvature_fn, present, "block K-BFGS")
-        make = functools.partial(block_step.step, settings, present, updates, state, params)
 
-        def seen(fn: CurvatureFn) -> tuple[Any, ScaleByBlockKBFGSState]:
-            measured = fn(
-                params, moments=list(state.layers), sketches=count_of_pairs, gradient=True
+        def step(fn: CurvatureFn | None) -> tuple[Any, ScaleByBlockKBFGSState]:
+            measured = None
+            if fn is not None:
+                measured = fn(
+                    params, moments=list(state.layers), sketches=count_of_pairs, gradient=True
+                )
+                checks.check_statistics(
+                    present, measured, given is None, named_leaves(params), state.layers
+                )
+            return block_step.step(
+                settings, present, updates, state, params, measured, fn, count_of_pairs
             )
-            checks.check_statistics(
-                present, measured, given is None, named_leaves(params), state.layers
-            )
-            return make(measured, fn, count_of_pairs)
 
-        def unseen() -> tuple[Any, ScaleByBlockKBFGSState]:
-            return make(None, None, count_of_pairs)
-
-        if curvature_fn is None:
-            updates, new = unseen()
-        elif settings.measures_always():
-            updates, new = seen(curvature_fn)
+        if curvature_fn is None or settings.measures_always():
+            stepped, new = step(curvature_fn)
         else:
-            due = settings.measures(state.count)
-            updates, new = jax.lax.cond(due, lambda: seen(curvature_fn), unseen)
-        return updates, new._replace(count=count)
+            stepped, new = jax.lax.cond(
+                settings.measures(state.count), lambda: step(curvature_fn), lambda: step(None)
+            )
+        return stepped, new._replace(count=count)
 
     return optax.GradientTransformationExtraArgs(cast(Any, init_fn), cast(Any, update_fn))
 
