@@ -44,6 +44,14 @@ TARGETS = {
 }
 LIMIT = {"weight_decay": 1e-5, "norm_constraint": 3.0}
 FAST = {"output_memory": 20}
+LIGHT = {"input_rank": 64, "pairs": 4, "window": 8}
+
+
+def light_every(count):
+    """Curvature in every step of the first 60, in every 4th of the others."""
+    return jnp.where(count < 60, 1, 4)
+
+
 # By method: the transformation for a learning rate, the share of the batch that curvature is
 # measured on (None: it takes none), the first learning rates, and its name among the candidates of
 # `price`.
@@ -58,6 +66,12 @@ METHODS = {
         0.1,
         OURS,
         "fast, every 2nd step",
+    ),
+    "light": (
+        lambda lr: kfqn.block_kbfgs(lr, weight_decay=1e-5, update_every=light_every, **LIGHT),
+        0.1,
+        (0.25, 0.5, 1.0),
+        "light, every 4th step",
     ),
     "kfqn": (lambda lr: kfqn.kfqn(lr, 0.3, **LIMIT), 1, OURS, "kfqn"),
     "kbfgs_l": (lambda lr: kfqn.kbfgs_l(lr, 0.3, **LIMIT), 1, OURS, "kbfgs_l"),

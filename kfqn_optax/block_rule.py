@@ -2,11 +2,12 @@
 
 K-BFGS with four changes. Each factor takes q pairs a step, from sums over the examples with random
 signs (`sketch`), instead of one from their mean. Both factors start from their damping alone, so
-nothing is inverted. The output factor forgets what it learned more than some steps ago, and is kept
-as pairs and not as a matrix (`generations`). And the length of the step comes from a parabola
-through what is measured at the probe anyway (`trust`): the learning rate is the share of the way to
-the parabola's minimum, half of it unless told otherwise. A step after which the loss is much higher
-is not taken.
+nothing is inverted. (Or the input factor knows the directions of largest curvature only, `nystrom`,
+which makes steps cheaper.) The output factor forgets what it learned more than some steps ago, and
+is kept as pairs and not as a matrix (`generations`). And the length of the step comes from a
+parabola through what is measured at the probe anyway (`trust`): the learning rate is the share of
+the way to the parabola's minimum, half of it unless told otherwise. A step after which the loss is
+much higher is not taken.
 """
 
 import functools
@@ -34,6 +35,7 @@ def scale_by_block_kbfgs(
     *,
     pairs: Number = 8,
     window: Number = 16,
+    input_rank: Number | None = None,
     momentum: Number = 0.9,
     factor_decay: Number = 0.9,
     powell: Number = 0.2,
@@ -63,6 +65,10 @@ def scale_by_block_kbfgs(
         pairs: q, how many pairs each factor takes in a step; a whole number of at least 1.
         window: the output factors know the pairs of the last ``window / 2`` to ``window`` measured
             steps and nothing of those before; a multiple of 2.
+        input_rank: k; the input factors know A along k directions, which follow its largest
+            eigenvalues, and take their mean for all others. Then the direction costs
+            ``16 d_in d_out k`` FLOPs or so in place of ``2 d_in^2 d_out``, and the pairs are for
+            the output side alone. None for matrices; a whole number of at least 1.
         momentum: decay of M, in [0, 1); M is corrected for its start from 0.
         factor_decay: decay of the running average A, in [0, 1); the first averages are plain means.
         powell: mu_1 of Powell's damping, in (0, 1).
@@ -70,6 +76,8 @@ def scale_by_block_kbfgs(
             multiple of k; the others are made as with ``curvature_fn=None``. A whole number of at
             least 1, or a schedule of such. None: in each of the first 200 steps and in every 4th
             after them, since curvature changes fast at first and measuring it is a fifth of a step.
+            A step is measured in any case where the last one measured was not taken, or found the
+            loss a tenth above what the one before it had ended with.
         max_factor_dim: layers with a longer side (None: 8192) are refused.
         layers: which layers, from `find_layers`; by default every ``kernel`` with two axes.
             Embeddings are refused.
@@ -89,6 +97,7 @@ def scale_by_block_kbfgs(
         damping=damping,
         pairs=pairs,
         window=window,
+        input_rank=input_rank,
         momentum=momentum,
         factor_decay=factor_decay,
         powell=powell,
@@ -101,6 +110,7 @@ def scale_by_block_kbfgs(
         block_state.init,
         pairs_of_step=count_of_pairs,
         window=known_size("window", window),
+        input_rank=None if input_rank is None else known_size("input_rank", input_rank),
     )
 
     def init_fn(params: Any) -> ScaleByBlockKBFGSState:
@@ -163,7 +173,9 @@ def scale_by_block_kbfgs(
             stepped, new = step(curvature_fn)
         else:
             stepped, new = jax.lax.cond(
-                settings.measures(state.count), lambda: step(curvature_fn), lambda: step(None)
+                settings.measures(state.count) | state.trust.doubt,
+                lambda: step(curvature_fn),
+                lambda: step(None),
             )
         return stepped, new._replace(count=count)
 
@@ -184,6 +196,7 @@ def block_kbfgs(
     *,
     pairs: Number = 8,
     window: Number = 16,
+    input_rank: Number | None = None,
     momentum: Number = 0.9,
     weight_decay: Number = 0.0,
     factor_decay: Number = 0.9,
@@ -202,12 +215,14 @@ def block_kbfgs(
         pairs: q, how many pairs each factor takes in a step.
         window: the output factors know the pairs of the last ``window / 2`` to ``window`` measured
             steps.
+        input_rank: along how many directions the input factors know A; None for matrices.
         momentum: decay of M, in [0, 1).
         weight_decay: tau, at least 0; ``tau`` times kernel and bias enters the gradient.
         factor_decay: decay of the running second moment of layer inputs, in [0, 1).
         powell: mu_1 of Powell's damping, in (0, 1).
         update_every: curvature is measured in every so many steps; a number or a schedule. None:
-            in each of the first 200 steps, in every 4th after them.
+            in each of the first 200 steps, in every 4th after them; and wherever the last
+            measurement was not as expected.
         max_factor_dim: layers with a longer side (None: 8192) are refused.
         layers: which layers, from `find_layers`; by default every ``kernel`` with two axes.
         fallback: what updates all other parameters; ``optax.adam(1e-3)`` by default.
@@ -223,6 +238,7 @@ def block_kbfgs(
         damping,
         pairs=pairs,
         window=window,
+        input_rank=input_rank,
         momentum=momentum,
         factor_decay=factor_decay,
         powell=powell,

@@ -1,10 +1,11 @@
 """What block K-BFGS keeps of a layer, and how it learns: q pairs a step on each side.
 
 Unlike K-BFGS's, the factors start from their damping alone, ``I / sqrt(lambda)``, the inverse of a
-matrix of which nothing is known yet but its damping. The input factor is a matrix, whose pairs are
-exact; the output factor, whose pairs are noisy and soon out of date, forgets (`generations`).
+matrix of which nothing is known yet but its damping. The input factor (`block_inputs`) is a matrix,
+whose pairs are exact, or knows the largest curvature only (`nystrom`); the output factor, whose
+pairs are noisy and soon out of date, forgets (`generations`).
 
-`begin` and `learn` take all layers at once; arguments by layer path.
+`learn` takes the output sides of all layers at once; arguments by layer path.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -14,40 +15,52 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kfqn_optax import block_bfgs, block_matrix, factors, generations, pairs
+from kfqn_optax import block_bfgs, factors, generations, nystrom, pairs
 from kfqn_optax.block_bfgs import Taken
 from kfqn_optax.generations import Generations
 from kfqn_optax.layer_state import COLUMNS, columns_of
 from kfqn_optax.layers import Layer, to_matrices
+from kfqn_optax.nystrom import Nystrom
 from kfqn_optax.options import Number, is_damping
-from kfqn_optax.pairs import matmul
-from kfqn_optax.statistics import LayerStatistics, Sketches, is_usable
+from kfqn_optax.statistics import LayerStatistics, Sketches
 
 
 class BlockState(NamedTuple):
     """The curvature of one layer, in the dtype of the factors; with blocks an axis in front.
 
     Attributes:
-        input: H_a, inverse of the damped second moment of the inputs, [d_in, d_in].
+        input: H_a, inverse of the damped second moment of the inputs, [d_in, d_in]; or `Nystrom`.
         output: H_g, inverse of the damped mean Hessian at the outputs.
         input_moment: A, running average of the second moment of the inputs, [d_in, d_in].
         stage: how many batches A has taken in, int32.
         counts: how often what happened, since the start (`layer_state.COLUMNS`), int32; `health`
-            reads it. Each side offers q pairs a step.
+            reads it. Each side offers q pairs a step; a `Nystrom` factor is one.
     """
 
-    input: jax.Array
+    input: jax.Array | Nystrom
     output: Generations
     input_moment: jax.Array
     stage: jax.Array
     counts: jax.Array
 
 
-def init(layer: Layer, dtype: Any, pairs_of_step: int, window: int) -> BlockState:
-    """Both factors the identity, until the first batch; A 0."""
+def init(
+    layer: Layer, dtype: Any, pairs_of_step: int, window: int, input_rank: int | None = None
+) -> BlockState:
+    """Factors that know nothing, until the first batch; A 0.
+
+    Args:
+        layer: whose state it is.
+        dtype: of the factors.
+        pairs_of_step: q.
+        window: of the output factor, in steps.
+        input_rank: how many directions the input factor knows; None for a matrix.
+    """
     d_in, d_out = layer.d_in, layer.d_out
     state = BlockState(
-        input=jnp.eye(d_in, dtype=dtype),
+        input=jnp.eye(d_in, dtype=dtype)
+        if input_rank is None
+        else nystrom.init(d_in, input_rank, dtype),
         output=generations.init(d_out, pairs_of_step, window, dtype),
         input_moment=jnp.zeros((d_in, d_in), dtype),
         stage=jnp.zeros((), jnp.int32),
@@ -56,7 +69,7 @@ def init(layer: Layer, dtype: Any, pairs_of_step: int, window: int) -> BlockStat
     return layer.for_each_block(state)
 
 
-class _Pairs(NamedTuple):
+class Pairs(NamedTuple):
     """A step's pairs for one side of a layer.
 
     Attributes:
@@ -70,62 +83,6 @@ class _Pairs(NamedTuple):
     y: jax.Array
     refusal: jax.Array
     fresh: jax.Array | None = None
-
-
-def begin(
-    layers: Sequence[Layer],
-    states: Mapping[str, BlockState],
-    measured: Mapping[str, LayerStatistics],
-    factor_decay: Number,
-    powell: Number,
-    root: jax.Array,
-) -> dict[str, BlockState]:
-    """Layers whose A has taken in the batch, and whose input factors q exact pairs.
-
-    The pairs are the paper's Hessian action, ``s = H_a x`` and ``y = (A + lambda_A I) s``, for q
-    sketches x of the inputs instead of their mean.
-    """
-
-    def take_in(
-        state: BlockState, seen: LayerStatistics, X: jax.Array
-    ) -> tuple[BlockState, _Pairs]:
-        batch = jnp.asarray(seen.input_moment)
-        reached = (seen.rows > 0) & is_damping(root)
-        usable = reached & is_usable(jnp.diagonal(batch))
-        fresh, start = usable & (state.stage == 0), _start(root).astype(batch.dtype)
-        H_g = state.output._replace(scale=jnp.where(usable, start, state.output.scale))
-        n = state.stage.astype(batch.dtype)
-        decay = jnp.minimum(jnp.asarray(factor_decay, batch.dtype), n / (n + 1))
-        A = jnp.where(usable, decay * state.input_moment + (1 - decay) * batch, state.input_moment)
-        X = jnp.where(usable, X, 0)
-        S = jnp.where(fresh, start * X, matmul(X, state.input))
-        Y = matmul(S, A) + root.astype(S.dtype) * S
-        refusal = jnp.select(
-            [seen.rows == 0, ~usable], [pairs.NOT_MEASURED, pairs.NOT_FINITE], pairs.UPDATED
-        )
-        state = state._replace(output=H_g, input_moment=A, stage=state.stage + usable)
-        return state, _Pairs(S, Y, refusal, fresh)
-
-    taken_in = {
-        layer.path: layer.over_blocks(take_in)(
-            states[layer.path],
-            measured[layer.path],
-            _sketches(layer, measured[layer.path]).input,
-        )
-        for layer in layers
-    }
-    states = {path: state for path, (state, _) in taken_in.items()}
-    pairs_of = {path: offered for path, (_, offered) in taken_in.items()}
-    start = _start(root)
-    return _learn(
-        layers,
-        states,
-        pairs_of,
-        "input",
-        lambda H, of: block_matrix.offer(H, of.s, of.y, start.astype(of.s.dtype), of.fresh),
-        lambda H, offer, solved: block_matrix.take(H, offer, solved, start.astype(H.dtype)),
-        powell,
-    )
 
 
 def learn(
@@ -151,7 +108,7 @@ def learn(
         root: sqrt(lambda).
     """
 
-    def change(state, before, after, at, plus, x: Sketches, x_plus: Sketches) -> _Pairs:
+    def change(state, before, after, at, plus, x: Sketches, x_plus: Sketches) -> Pairs:
         known = (at.rows > 0) & (plus.rows > 0) & is_damping(root) & (state.stage > 0)
         S = factors.change_of_output(before, after, x.input, x_plus.input)
         change = x_plus.cotangent - x.cotangent
@@ -167,7 +124,7 @@ def learn(
             [pairs.NOT_MEASURED, pairs.NOT_FINITE, pairs.ROUNDING],
             pairs.UPDATED,
         )
-        return _Pairs(jnp.where(usable, S, 0), jnp.where(usable, Y, 0), refusal)
+        return Pairs(jnp.where(usable, S, 0), jnp.where(usable, Y, 0), refusal)
 
     pairs_of = {
         layer.path: layer.over_blocks(change)(
@@ -176,12 +133,12 @@ def learn(
             to_matrices(layer, after),
             at[layer.path],
             plus[layer.path],
-            _sketches(layer, at[layer.path]),
-            _sketches(layer, plus[layer.path]),
+            sketches_of(layer, at[layer.path]),
+            sketches_of(layer, plus[layer.path]),
         )
         for layer in layers
     }
-    return _learn(
+    return take_pairs(
         layers,
         states,
         pairs_of,
@@ -192,10 +149,10 @@ def learn(
     )
 
 
-def _learn(
+def take_pairs(
     layers: Sequence[Layer],
     states: Mapping[str, BlockState],
-    pairs_of: Mapping[str, _Pairs],
+    pairs_of: Mapping[str, Pairs],
     side: str,
     offer: Callable,
     take: Callable,
@@ -228,18 +185,18 @@ def _learn(
     for layer in layers:
         state, path = states[layer.path], layer.path
         H, taken = layer.over_blocks(take)(held[path], offers[path], solved[path])
-        counts = state.counts + _counted(side, taken, pairs_of[path].refusal)
+        counts = state.counts + counted(side, taken, pairs_of[path].refusal)
         learned[path] = state._replace(**{side: H}, counts=counts)
     return learned
 
 
-def _counted(side: str, taken: Taken, refusal: jax.Array) -> jax.Array:
+def counted(side: str, taken: Taken, refusal: jax.Array) -> jax.Array:
     """What became of the pairs of one side, int32, [*blocks, columns] by `COLUMNS`.
 
     Args:
         side: "input" or "output".
         taken: [*blocks, q].
-        refusal: see `_Pairs`, [*blocks, q] or [*blocks].
+        refusal: see `Pairs`, [*blocks, q] or [*blocks].
     """
     if refusal.ndim < taken.status.ndim:
         refusal = refusal[..., None]
@@ -253,7 +210,8 @@ def _counted(side: str, taken: Taken, refusal: jax.Array) -> jax.Array:
     return counted + taken.reset[..., None] * np.broadcast_to(is_reset, counted.shape)
 
 
-def _sketches(layer: Layer, seen: LayerStatistics) -> Sketches:
+def sketches_of(layer: Layer, seen: LayerStatistics) -> Sketches:
+    """What was measured of a layer; refuses a ``curvature_fn`` that did not."""
     if seen.sketches is None:
         raise ValueError(
             f"curvature_fn did not measure the sketches of layer {layer.path!r} that block K-BFGS "
@@ -267,6 +225,6 @@ def _lengths(rows: jax.Array) -> jax.Array:
     return jnp.sqrt(jnp.sum(rows * rows, axis=-1))
 
 
-def _start(root: jax.Array) -> jax.Array:
+def start_of(root: jax.Array) -> jax.Array:
     """The scale of a factor that knows nothing but its damping."""
     return 1 / jnp.where(is_damping(root), root, 1)

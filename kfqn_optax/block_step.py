@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from kfqn_optax import block_state, direction, trust
+from kfqn_optax import block_inputs, block_state, direction, trust
 from kfqn_optax.block_state import BlockState
 from kfqn_optax.layers import Layer, named_leaves
 from kfqn_optax.options import (
@@ -59,6 +59,7 @@ class Settings:
     damping: ScalarOrSchedule
     pairs: Number
     window: Number
+    input_rank: Number | None
     momentum: Number
     factor_decay: Number
     powell: Number
@@ -70,6 +71,8 @@ class Settings:
         check("damping", self.damping, lambda v: v > 0, "above 0", schedule=True)
         check_size("pairs", self.pairs)
         check_size("window", self.window, step=2)
+        if self.input_rank is not None:
+            check_size("input_rank", self.input_rank)
         check_decay("momentum", self.momentum)
         check_decay("factor_decay", self.factor_decay)
         check("powell", self.powell, lambda v: 0 < v < 1, "between 0 and 1")
@@ -121,15 +124,15 @@ def step(
     begun = {layer.path: state.layers[layer.path] for layer in present}
     trusted = state.trust
     if measured is not None:
-        begun = block_state.begin(
+        begun = block_inputs.begin(
             present, begun, measured.layers, settings.factor_decay, settings.powell, root
         )
         trusted = trust.begin(trusted, measured.loss)
 
     # The direction, and how far to go. M is the momentum over the correction, and so is P; numbers
     # are corrected in place of arrays.
-    matrices, promised = direction.direction(present, begun, momentum)
-    P, dtype = direction.leaves(matrices), state.trust.radius.dtype
+    P, promised = direction.direction(present, begun, momentum)
+    dtype = state.trust.radius.dtype
     correction = correction.astype(dtype)
     slope = _inner(G, P).astype(dtype) / correction
     curvature = promised.astype(dtype) / correction**2

@@ -6,10 +6,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from kfqn_optax import inverse
+from kfqn_optax import generations, inverse, low_rank, nystrom
 from kfqn_optax import layers as layers_lib
+from kfqn_optax.generations import Generations
 from kfqn_optax.inverse import Factor
 from kfqn_optax.layers import Layer
+from kfqn_optax.nystrom import Nystrom
 from kfqn_optax.options import Number
 
 
@@ -45,14 +47,14 @@ def precondition(
         squared = learning_rate**2 * promised
         scale = jnp.where(squared > limit, jnp.sqrt(limit / jnp.where(squared > 0, squared, 1)), 1)
         scale = jnp.where(jnp.isfinite(squared), scale, 0)
-        P = {layer: P_of * scale.astype(P_of.dtype) for layer, P_of in P.items()}
-    return leaves(P)
+        P = {name: leaf * scale.astype(leaf.dtype) for name, leaf in P.items()}
+    return P
 
 
 def direction(
     layers: Sequence[Layer], states: Mapping[str, Any], gradients: Mapping[str, jax.Array]
-) -> tuple[dict[Layer, jax.Array], jax.Array]:
-    """``P = H_a M H_g`` of each layer as a matrix, and ``<M, P>`` of all of them together.
+) -> tuple[dict[str, jax.Array], jax.Array]:
+    """``P = H_a M H_g`` of each layer, and ``<M, P>`` of all of them together.
 
     ``<M, P>`` is the curvature along P that the factors promise, ``<P, H^-1 P>``.
 
@@ -60,23 +62,33 @@ def direction(
         layers: see `precondition`.
         states: the same.
         gradients: M.
+
+    Returns:
+        P as `precondition` returns it, and ``<M, P>``, [].
     """
+    P: dict[str, jax.Array] = {}
+    promised = []
+    for layer in layers:
+        H_a, H_g = states[layer.path].input, states[layer.path].output
+        if isinstance(H_a, Nystrom):
+            M = list(layers_lib.to_matrices(layer, gradients).values())
+            P_of = layer.over_blocks(_by_parts)(H_a, M, H_g)
+            P |= layers_lib.from_matrices(layer, P_of)
+        else:
+            M = [layers_lib.to_matrix(layer, gradients)]
+            P_of = [layer.over_blocks(_whole)(H_a, M[0], H_g)]
+            P |= layers_lib.from_matrix(layer, P_of[0])
+        promised += [jnp.vdot(*both) for both in zip(M, P_of, strict=True)]
+    return P, jnp.asarray(sum(promised))
 
-    def of_one(H_a: Factor, H_g: Any, M: jax.Array) -> jax.Array:
-        return inverse.apply_to_rows(H_g, inverse.apply(H_a, M))
 
-    M = {layer: layers_lib.to_matrix(layer, gradients) for layer in layers}
-    P = {
-        layer: layer.over_blocks(of_one)(states[layer.path].input, states[layer.path].output, M_of)
-        for layer, M_of in M.items()
-    }
-    return P, jnp.asarray(sum(jnp.vdot(M[layer], P[layer]) for layer in layers))
+def _whole(H_a: Factor, M: jax.Array, H_g: Any) -> jax.Array:
+    M = inverse.apply(H_a, M)
+    if isinstance(H_g, Generations):
+        return low_rank.apply_to_rows(low_rank.of(generations.elder(H_g)), M)
+    return inverse.apply_to_rows(H_g, M)
 
 
-def leaves(P: Mapping[Layer, jax.Array]) -> dict[str, jax.Array]:
-    """Matrices of layers by parameter path, in the shapes of the parameters."""
-    return {
-        name: leaf
-        for layer, P_of in P.items()
-        for name, leaf in layers_lib.from_matrix(layer, P_of).items()
-    }
+def _by_parts(H_a: Nystrom, M: list[jax.Array], H_g: Generations) -> list[jax.Array]:
+    """For kernel and bias, without making one matrix of them."""
+    return low_rank.both_sides(nystrom.as_low_rank(H_a), M, low_rank.of(generations.elder(H_g)))

@@ -1,9 +1,9 @@
 """The inverse of one side of a layer, in whichever way it is kept.
 
 Dense, a matrix updated by BFGS (`bfgs`); limited-memory, a few stored pairs (`lbfgs`), which may be
-those of two `generations`; or diagonal, for the input side of an embedding: its one-hot inputs have
-a diagonal second moment, whose inverse can simply be written down. What a state holds tells which
-it is.
+those of two `generations`; the directions of largest curvature alone (`nystrom`); or diagonal, for
+the input side of an embedding: its one-hot inputs have a diagonal second moment, whose inverse can
+simply be written down. What a state holds tells which it is.
 """
 
 from collections.abc import Mapping
@@ -12,9 +12,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from kfqn_optax import bfgs, generations, lbfgs
+from kfqn_optax import bfgs, generations, lbfgs, nystrom
 from kfqn_optax.generations import Generations
 from kfqn_optax.lbfgs import Memory
+from kfqn_optax.nystrom import Nystrom
 
 
 class Diagonal(NamedTuple):
@@ -27,20 +28,24 @@ class Diagonal(NamedTuple):
     inverse: jax.Array
 
 
-Factor = jax.Array | Memory | Generations | Diagonal
+Factor = jax.Array | Memory | Generations | Nystrom | Diagonal
 
 
 def apply(H: Factor, vectors: jax.Array) -> jax.Array:
     """H times a vector [d] or the columns of a matrix [d, k]."""
     if isinstance(H, Diagonal):
         return H.inverse.reshape(-1, *[1] * (vectors.ndim - 1)) * vectors
+    if isinstance(H, Nystrom):
+        return nystrom.apply_to_rows(H, vectors.T).T
     if isinstance(H, Generations):
         H = generations.elder(H)
     return lbfgs.apply(H, vectors) if isinstance(H, Memory) else bfgs.apply(H, vectors)
 
 
-def apply_to_rows(H: jax.Array | Memory | Generations, vectors: jax.Array) -> jax.Array:
+def apply_to_rows(H: jax.Array | Memory | Generations | Nystrom, vectors: jax.Array) -> jax.Array:
     """H times the rows of a matrix, [k, d]; H is symmetric."""
+    if isinstance(H, Nystrom):
+        return nystrom.apply_to_rows(H, vectors)
     if isinstance(H, Generations):
         H = generations.elder(H)
     if isinstance(H, Memory):
@@ -146,6 +151,8 @@ def size(H: Factor) -> int:
     """d, the number of rows of H."""
     if isinstance(H, Diagonal):
         return H.inverse.shape[-1]
+    if isinstance(H, Nystrom):
+        return H.rows.shape[-1]
     return H.s.shape[-1] if isinstance(H, Memory | Generations) else H.shape[-1]
 
 
@@ -155,4 +162,6 @@ def words(H: Factor) -> str:
         return f"{size(H)} diagonal"
     if isinstance(H, Memory | Generations):
         return f"{H.s.shape[-2]} pairs of {size(H)}"
+    if isinstance(H, Nystrom):
+        return f"{H.rows.shape[-2]} directions of {size(H)}"
     return f"{size(H)}^2"

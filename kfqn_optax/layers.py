@@ -11,7 +11,7 @@ by the path of the dictionary that holds its kernel: ``params/Dense_0``.
 """
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -272,8 +272,14 @@ def to_matrix(layer: Layer, leaves: Mapping[str, jax.Array]) -> jax.Array:
 def from_matrix(layer: Layer, matrix: jax.Array) -> dict[str, jax.Array]:
     """The inverse of `to_matrix`: kernel and bias by path, in the matrix's dtype."""
     if layer.bias is None:
-        return {layer.kernel_path: layer.kernel.from_matrix(matrix)}
+        return from_matrices(layer, [matrix])
+    return from_matrices(layer, [matrix[..., :-1, :], matrix[..., -1:, :]])
+
+
+def from_matrices(layer: Layer, matrices: Sequence[jax.Array]) -> dict[str, jax.Array]:
+    """The inverse of `to_matrices`, of its values: kernel and bias by path."""
+    views = [layer.kernel] if layer.bias is None else [layer.kernel, layer.bias]
     return {
-        layer.kernel_path: layer.kernel.from_matrix(matrix[..., :-1, :]),
-        layer.bias_path: layer.bias.from_matrix(matrix[..., -1:, :]),
+        path: view.from_matrix(matrix)
+        for path, view, matrix in zip(layer.parameter_paths, views, matrices, strict=True)
     }

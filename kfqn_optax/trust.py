@@ -37,12 +37,18 @@ class Trust(NamedTuple):
         kappa: curvature along the direction, as a multiple of what the factors promise.
         steps: how many steps were measured, int32.
         rejected: how many of them were not taken, int32.
+        expected: the loss at the end of the last step that was measured, or at its start if it was
+            not taken.
+        doubt: whether that step was not taken, or began with a loss far above what the one before
+            had ended with: what is known no longer holds.
     """
 
     radius: jax.Array
     kappa: jax.Array
     steps: jax.Array
     rejected: jax.Array
+    expected: jax.Array
+    doubt: jax.Array
 
 
 class Proposal(NamedTuple):
@@ -64,6 +70,8 @@ def init(dtype: jnp.dtype) -> Trust:
         kappa=jnp.ones((), dtype),
         steps=jnp.zeros((), jnp.int32),  # not the same array as the next: states are donated
         rejected=jnp.zeros((), jnp.int32),
+        expected=jnp.zeros((), dtype),
+        doubt=jnp.zeros((), bool),
     )
 
 
@@ -146,11 +154,16 @@ def judge(
     least = jnp.maximum(rounding, _smallest(radius))
     radius = jnp.clip(radius, least, _no_bound(radius.dtype))
 
+    expected = jnp.where(accepted, after, before)
+    risen = before - trust.expected > LARGEST_RISE * jnp.abs(trust.expected)
+    risen &= trust.steps > 0
     new = Trust(
         radius=jnp.where(moved, radius, trust.radius).astype(trust.radius.dtype),
         kappa=jnp.where(moved & finite, kappa, trust.kappa).astype(trust.kappa.dtype),
         steps=trust.steps + moved,
         rejected=trust.rejected + (moved & ~accepted),
+        expected=jnp.where(moved, expected, trust.expected).astype(trust.expected.dtype),
+        doubt=jnp.where(moved, ~accepted | risen, trust.doubt),
     )
     return accepted & moved, new
 

@@ -44,11 +44,13 @@ class BlockMlp(reference.Mlp):
         pairs: q.
         window: steps that a generation of output pairs grows.
         decay: of A.
+        inverses: whether input factors are inverses of A with its damping, not made of pairs.
         **kwargs: as for `Mlp`.
     """
 
-    def __init__(self, *args, pairs=3, window=4, decay=0.9, **kwargs):
+    def __init__(self, *args, pairs=3, window=4, decay=0.9, inverses=False, **kwargs):
         super().__init__(*args, **kwargs)
+        self.inverses = inverses
         self.q, self.window, self.decay = pairs, window, decay
         self.remembered = [[] for _ in self.H_g]
         root = np.sqrt(self.damping)
@@ -75,6 +77,8 @@ class BlockMlp(reference.Mlp):
             S = E.T @ seen[i] @ self.H_a[i]
             for s in S:
                 self.H_a[i], _ = damped_bfgs(self.H_a[i], s, self.A[i] @ s + root * s, 0.2)
+            if self.inverses:
+                self.H_a[i] = np.linalg.inv(self.A[i] + root * np.eye(len(self.A[i])))
             P.append(self.H_g[i] @ M @ self.H_a[i])
             slope += np.sum(G * P[i])
             curvature += np.sum(M * P[i])

@@ -36,8 +36,8 @@ def batches_for(params, batch=8, count=6, seed=1):
 
 
 def dense(H):
-    """A factor that is kept as pairs, as a matrix."""
-    return inverse.apply(H, jnp.eye(inverse.size(H), dtype=H.s.dtype))
+    """A factor that is kept as pairs or directions, as a matrix."""
+    return inverse.apply(H, jnp.eye(inverse.size(H), dtype=jax.tree.leaves(H)[0].dtype))
 
 
 def layers_of(state):

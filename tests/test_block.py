@@ -103,6 +103,66 @@ def test_against_numpy(lr):
     assert step.compiled._cache_size() == 1
 
 
+def test_input_factors_of_all_directions():
+    """Against inverses: the direction goes another way, and nothing else changes."""
+    loss_fn, params, *_ = problem((6, 3), batch=12)
+    tx = make(input_rank=20)
+    step, state = step_of(tx, loss_fn), tx.init(params)
+    numpy = BlockMlp(
+        matrices(params),
+        ["relu", "linear"],
+        "half_mse",
+        1.0,
+        0.1,
+        weight_decay=0.0,
+        pairs=PAIRS,
+        window=WINDOW,
+        inverses=True,
+    )
+    kinds, steps = types(state), 15
+    for k, (x, t) in enumerate(batches_for(params, batch=12, count=steps)):
+        updates, state = step(params, state, x, t)
+        updates = jax.tree.map(lambda u: -u, updates)
+        moves = numpy.step(*map(np.asarray, (x, t, x[:PART], t[:PART])))
+        for i, path in enumerate((D0, D1)):
+            held = layers_of(state)[path]
+            if np.abs(moves[i]).max():
+                assert relative(matrices(updates)[i], moves[i]) < 1e-5, k
+            assert relative(dense(held.input), numpy.H_a[i]) < 1e-5, k
+            assert relative(dense(held.output), numpy.H_g[i]) < 1e-5, k
+        params = optax.apply_updates(params, updates)
+    assert types(state) == kinds
+    assert step.compiled._cache_size() == 1
+    for layer in kfqn.health(state).values():
+        assert layer.input["updated"] == sum(layer.input.values()) == steps
+        assert sum(layer.output.values()) == steps * PAIRS
+    table = str(kfqn.summary(state, params))
+    assert "6 directions of 6 and 12 pairs of 6" in table
+
+
+def test_input_factors_of_few_directions_learn():
+    """In float32; and inputs that are not finite leave them as they are."""
+    loss_fn, params, *_ = problem((20, 4), d_in=15, batch=32, dtype=jnp.float32)
+    tx = kfqn.block_kbfgs(pairs=3, window=4, input_rank=5)
+    step, state = step_of(tx, loss_fn), tx.init(params)
+    batches = list(batches_for(params, batch=32, count=60))
+    before = loss_fn(params, *batches[0])
+
+    def train(params, state, x, t):
+        updates, state = step(params, state, x, t)
+        return optax.apply_updates(params, updates), state
+
+    for x, t in batches:
+        params, state = train(params, state, x, t)
+    assert loss_fn(params, *batches[0]) < 0.7 * before
+    x, t = batches[0]
+    _, after = train(params, state, x.at[0, 0].set(jnp.nan), t)
+    equal(layers_of(after)[D0].input, layers_of(state)[D0].input)
+    assert kfqn.health(after)[D0].input["not finite"] == 1
+    for layer in layers_of(after).values():
+        assert np.linalg.svd(np.asarray(layer.input.rows, np.float64))[1].max() < 1
+
+
 def test_a_refused_step_leaves_the_parameters(tiny):
     loss_fn, params, step = tiny
     x, t = next(batches_for(params, batch=12))
@@ -262,6 +322,8 @@ def test_refusals():
         make(max_factor_dim=4).init(params)
     with pytest.raises(ValueError, match="pairs must be a whole number of at least 1, got 0"):
         kfqn.block_kbfgs(pairs=0)
+    with pytest.raises(ValueError, match="input_rank must be a whole number of at least 1, got 0"):
+        kfqn.block_kbfgs(input_rank=0)
     with pytest.raises(ValueError, match="window must be a multiple of 2 above 0, got 5"):
         kfqn.block_kbfgs(window=5)
 

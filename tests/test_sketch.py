@@ -92,9 +92,10 @@ def test_sketches_of_parts():
 
 
 def test_block_kbfgs_trains_convolutions_stacks_and_nnx():
-    for make in (of_net, of_stack):
+    for make, rank in ((of_net, None), (of_stack, None), (of_net, 6), (of_stack, 3)):
         loss_fn, params, batch = make()
-        tx = kfqn.block_kbfgs(layers=kfqn.find_layers(loss_fn, params, *batch), pairs=COUNT)
+        layers = kfqn.find_layers(loss_fn, params, *batch)
+        tx = kfqn.block_kbfgs(layers=layers, pairs=COUNT, input_rank=rank)
         state, before = tx.init(params), loss_fn(params, *batch)
 
         @jax.jit

@@ -35,7 +35,9 @@ def kept_in_between(make, every, loss_fn, params, batches):
 
     states, state = [], tx.init(params)
     for i, batch in enumerate(batches):
-        params, state = step(params, state, batch, measured=i % every == 0)
+        trust = optax.tree.get(state, "trust")
+        in_doubt = trust is not None and bool(trust.doubt)
+        params, state = step(params, state, batch, measured=i % every == 0 or in_doubt)
         states.append((params, layers_of(state)))
     return states
 
@@ -169,3 +171,27 @@ def test_a_traced_number_serves_block_kbfgs_too():
         _, state, _ = step(params, state, *batch)
         changed.append(int(optax.tree.get(state, "trust").steps) > before)
     assert changed == [True, False, False, True]
+
+
+def test_block_kbfgs_measures_again_where_the_last_step_was_in_doubt():
+    """After a step that was not taken, and where the loss has risen between two measurements."""
+    loss_fn, params, *_ = problem()
+    tx = kfqn.scale_by_block_kbfgs(0.5, pairs=2, window=4, update_every=100)
+    step, state = step_of(tx, loss_fn), tx.init(params)
+    batches = list(batches_for(params, count=3))
+    params, state, _ = step(params, state, *batches[0])
+    assert not state.trust.doubt
+    _, kept, _ = step(params, state, *batches[1])
+    assert int(kept.trust.steps) == 1
+    far = state.trust._replace(kappa=state.trust.kappa * 1e-6, radius=state.trust.radius * 1e9)
+    due = state._replace(count=jnp.zeros((), jnp.int32))
+    _, refused, _ = step(params, due._replace(trust=far), *batches[1])
+    assert int(refused.trust.rejected) == 1
+    higher = state.trust._replace(expected=state.trust.expected / 100)
+    _, risen, _ = step(params, due._replace(trust=higher), *batches[1])
+    assert int(risen.trust.rejected) == 0
+    for doubtful in (refused, risen):
+        assert doubtful.trust.doubt
+        _, after, _ = step(params, doubtful, *batches[2])
+        assert int(after.trust.steps) == 3
+    assert step._cache_size() == 1
