@@ -33,6 +33,7 @@ import optax
 
 import kfqn_optax as kfqn
 from benchmarks.price import problems
+from benchmarks.price.candidates import LIGHT
 
 RESULTS = Path(__file__).parent / "results"
 BATCH = problems.BATCH
@@ -44,7 +45,6 @@ TARGETS = {
 }
 LIMIT = {"weight_decay": 1e-5, "norm_constraint": 3.0}
 FAST = {"output_memory": 20}
-LIGHT = {"input_rank": 64, "pairs": 4, "window": 8}
 
 
 def light_every(count):
@@ -70,7 +70,7 @@ METHODS = {
     "light": (
         lambda lr: kfqn.block_kbfgs(lr, weight_decay=1e-5, update_every=light_every, **LIGHT),
         0.1,
-        (0.25, 0.5, 1.0),
+        (0.2, 0.5, 1.0),
         "light, every 4th step",
     ),
     "kfqn": (lambda lr: kfqn.kfqn(lr, 0.3, **LIMIT), 1, OURS, "kfqn"),

@@ -93,8 +93,9 @@ def health(opt_state: Any) -> Health:
     rejects, are not counted.
 
     `block_kbfgs` offers several pairs a step to each factor, and a factor that begins anew is
-    counted beside its pairs, where the others count the pair with which it begins. A last line says
-    how many steps were measured and not taken.
+    counted beside its pairs, where the others count the pair with which it begins. An input factor
+    of directions (``input_rank``) counts as one pair. A last line says how many steps were measured
+    and not taken.
 
     Args:
         opt_state: state of `kbfgs`, or of anything that holds K-BFGS states (``optax.chain``,

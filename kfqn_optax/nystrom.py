@@ -103,6 +103,7 @@ def offer(
     k, d = H.rows.shape
     q = min(len(sketches), k // 2) if k < d else 0
     rows = H.rows[: k - q]
+    # 1 for a row that is lost, 0.004 for one whose eigenvalue is delta: that one keeps its place.
     missing = jnp.maximum(1 - jnp.sum(rows * rows, axis=1, keepdims=True), 0) ** 8
     rows = rows + missing * _signs(rows.shape, rows.dtype) / np.sqrt(d)
     Omega = jnp.concatenate([rows, _unit(sketches[:q])])

@@ -12,6 +12,7 @@ from benchmarks.price.problems import Problem
 
 PLAIN = "plain"  # value_and_grad alone; no candidate, but what all are compared with
 RATE, DAMPING = 0.3, 0.3
+LIGHT = {"input_rank": 64, "pairs": 4, "window": 8}  # the light recipe of block K-BFGS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,10 +61,10 @@ def _ours(method, examples: float | None = 1.0, moment=True, output=None, **opti
     return Candidate(make, examples, ours=True, moment=moment, every=every, **sides)
 
 
-def _block(every) -> Candidate:
+def _block(every, **options) -> Candidate:
     def make(problem):
-        options = {"layers": problem.layers(), "update_every": every}
-        return kfqn.block_kbfgs(weight_decay=1e-5, **options)
+        given = {"layers": problem.layers(), "update_every": every} | options
+        return kfqn.block_kbfgs(weight_decay=1e-5, **given)
 
     return Candidate(make, 0.1, ours=True, every=every)
 
@@ -86,6 +87,8 @@ MAIN = {
     "fast, every 2nd step": _ours(kfqn.kfqn, 0.1, moment=False, output_memory=20, update_every=2),
     "block": _block(1),
     "block, every 4th step": _block(4),
+    "light": _block(1, **LIGHT),
+    "light, every 4th step": _block(4, **LIGHT),
     "kbfgs, factors kept": _ours(kfqn.kbfgs, None),
 }
 MORE = {
