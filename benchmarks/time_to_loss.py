@@ -15,7 +15,8 @@ best is run with the other seeds. With ``--tune_epochs`` they are tried for so m
 
 ``--table`` prints, for the best learning rate of each method, the plain-step equivalents until the
 train loss first reaches some targets: steps (to the end of the epoch) times what a step costs, as a
-multiple of a plain step, in ``benchmarks/results/price_cpu.json``; and the seconds that is there.
+multiple of a plain step, in ``benchmarks/results/price_cpu.json`` (of the light recipe, in
+``price_light.json``); and the seconds that is there.
 """
 
 import argparse
@@ -261,7 +262,10 @@ def main():
             parts = {name: np.rint(255 * x).astype(np.uint8) for name, x in parts.items()}
         np.savez_compressed(options.export, **parts)
     elif options.table:
-        prices = json.loads((RESULTS / "price_cpu.json").read_text())["steps"]
+        files = (RESULTS / f"price_{of}.json" for of in ("cpu", "light"))
+        prices, light = (json.loads(file.read_text())["steps"] for file in files)
+        for name, measured in light.items():
+            prices[name]["rows"] = measured["rows"] | prices[name]["rows"]
         for name in dict.fromkeys(run["problem"] for run in read(options.output)):
             table(options.output, name, prices)
     else:

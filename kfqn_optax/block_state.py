@@ -205,9 +205,9 @@ def counted(side: str, taken: Taken, refusal: jax.Array) -> jax.Array:
     if side == "output":
         happened |= {"powell_damped": taken.damped, "second_damped": offered}
     happened = {field: value.astype(jnp.int32) for field, value in happened.items()}
-    counted = jnp.sum(columns_of(happened), axis=-2, dtype=jnp.int32)
+    total = jnp.sum(columns_of(happened), axis=-2, dtype=jnp.int32)
     is_reset = np.array([column == (f"{side}_status", pairs.RESET) for column in COLUMNS], np.int32)
-    return counted + taken.reset[..., None] * np.broadcast_to(is_reset, counted.shape)
+    return total + taken.reset[..., None] * np.broadcast_to(is_reset, total.shape)
 
 
 def sketches_of(layer: Layer, seen: LayerStatistics) -> Sketches:

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from kfqn_optax import generations, inverse, low_rank, nystrom
+from kfqn_optax import inverse, low_rank
 from kfqn_optax import layers as layers_lib
 from kfqn_optax.generations import Generations
 from kfqn_optax.inverse import Factor
@@ -83,12 +83,9 @@ def direction(
 
 
 def _whole(H_a: Factor, M: jax.Array, H_g: Any) -> jax.Array:
-    M = inverse.apply(H_a, M)
-    if isinstance(H_g, Generations):
-        return low_rank.apply_to_rows(low_rank.of(generations.elder(H_g)), M)
-    return inverse.apply_to_rows(H_g, M)
+    return inverse.apply_to_rows(H_g, inverse.apply(H_a, M))
 
 
 def _by_parts(H_a: Nystrom, M: list[jax.Array], H_g: Generations) -> list[jax.Array]:
     """For kernel and bias, without making one matrix of them."""
-    return low_rank.both_sides(nystrom.as_low_rank(H_a), M, low_rank.of(generations.elder(H_g)))
+    return low_rank.both_sides(inverse.as_low_rank(H_a), M, inverse.as_low_rank(H_g))

@@ -12,9 +12,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from kfqn_optax import bfgs, generations, lbfgs, nystrom
+from kfqn_optax import bfgs, generations, lbfgs, low_rank, nystrom
 from kfqn_optax.generations import Generations
 from kfqn_optax.lbfgs import Memory
+from kfqn_optax.low_rank import LowRank
 from kfqn_optax.nystrom import Nystrom
 
 
@@ -36,7 +37,7 @@ def apply(H: Factor, vectors: jax.Array) -> jax.Array:
     if isinstance(H, Diagonal):
         return H.inverse.reshape(-1, *[1] * (vectors.ndim - 1)) * vectors
     if isinstance(H, Nystrom):
-        return nystrom.apply_to_rows(H, vectors.T).T
+        return low_rank.apply_to_rows(as_low_rank(H), vectors.T).T
     if isinstance(H, Generations):
         H = generations.elder(H)
     return lbfgs.apply(H, vectors) if isinstance(H, Memory) else bfgs.apply(H, vectors)
@@ -44,13 +45,18 @@ def apply(H: Factor, vectors: jax.Array) -> jax.Array:
 
 def apply_to_rows(H: jax.Array | Memory | Generations | Nystrom, vectors: jax.Array) -> jax.Array:
     """H times the rows of a matrix, [k, d]; H is symmetric."""
-    if isinstance(H, Nystrom):
-        return nystrom.apply_to_rows(H, vectors)
-    if isinstance(H, Generations):
-        H = generations.elder(H)
+    if isinstance(H, Nystrom | Generations):
+        return low_rank.apply_to_rows(as_low_rank(H), vectors)
     if isinstance(H, Memory):
         return lbfgs.apply_to_rows(H, vectors)
     return bfgs.apply_to_rows(H, vectors)
+
+
+def as_low_rank(H: Nystrom | Generations) -> LowRank:
+    """A factor of directions, or of pairs that were never dropped, as ``c I + W^T C W``."""
+    if isinstance(H, Nystrom):
+        return nystrom.as_low_rank(H)
+    return low_rank.of(generations.elder(H))
 
 
 class Remake(NamedTuple):

@@ -13,11 +13,13 @@ where every pair was damped against the factor it went into, as in `generations`
 whose oldest pairs were dropped has no such bound, and stays with the squares.
 """
 
+import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from kfqn_optax.lbfgs import Memory
 from kfqn_optax.pairs import matmul
@@ -68,9 +70,9 @@ def both_sides(H_a: LowRank, parts: Sequence[jax.Array], H_g: LowRank) -> list[j
         The parts of the product, in the same shapes.
     """
     after = matmul(H_g.core, H_g.rows)
-    ends = [sum(len(part) for part in parts[: i + 1]) for i in range(len(parts))]
-    W = [H_a.rows[:, end - len(part) : end] for part, end in zip(parts, ends, strict=True)]
-    T = sum((matmul(W_i, part) for W_i, part in zip(W, parts, strict=True)), jnp.zeros(()))
+    ends = np.cumsum([len(part) for part in parts])
+    W = jnp.split(H_a.rows, ends[:-1], axis=1)
+    T = functools.reduce(jnp.add, map(matmul, W, parts))
     T = H_g.scale * T + matmul(matmul(T, H_g.rows.T), after)
     right = jnp.concatenate([matmul(H_a.core, T), after])
     return [

@@ -28,7 +28,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kfqn_optax import low_rank
 from kfqn_optax.low_rank import LowRank
 from kfqn_optax.pairs import matmul
 
@@ -81,11 +80,6 @@ def init(d: int, rank: int, dtype: jnp.dtype) -> Nystrom:
 def as_low_rank(H: Nystrom) -> LowRank:
     """The same as ``c I + W^T C W``."""
     return LowRank(H.scale, H.rows, -H.scale * jnp.eye(len(H.rows), dtype=H.rows.dtype))
-
-
-def apply_to_rows(H: Nystrom, vectors: jax.Array) -> jax.Array:
-    """H times the rows of ``vectors``, [n, d] -> [n, d]."""
-    return low_rank.apply_to_rows(as_low_rank(H), vectors)
 
 
 def offer(

@@ -6,10 +6,11 @@ import numpy as np
 import optax
 
 import kfqn_optax as kfqn
-from kfqn_optax import inverse
+from kfqn_optax import block_bfgs, generations, inverse
 from kfqn_optax.layers import named_leaves
 
 D0, D1 = "params/Dense_0", "params/Dense_1"
+POWELL = 0.2
 CURVATURE = ("input", "output", "input_moment", "s", "y")
 
 
@@ -38,6 +39,14 @@ def batches_for(params, batch=8, count=6, seed=1):
 def dense(H):
     """A factor that is kept as pairs or directions, as a matrix."""
     return inverse.apply(H, jnp.eye(inverse.size(H), dtype=jax.tree.leaves(H)[0].dtype))
+
+
+@jax.jit
+def grow(H, s, y):
+    """Generations after q pairs, and what became of these."""
+    offer = generations.offer(H, s, y)
+    solved = block_bfgs.solve_all({0: offer.products}, {0: offer.usable}, POWELL)[0]
+    return generations.take(H, offer, solved)
 
 
 def layers_of(state):

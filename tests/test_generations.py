@@ -1,6 +1,5 @@
 """The factor that forgets: against BFGS on matrices, and what it refuses."""
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -8,19 +7,9 @@ from block_reference import age_of, made_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import relative
-from steps import dense, equal
+from steps import POWELL, dense, equal, grow
 
-from kfqn_optax import block_bfgs, generations, inverse, pairs
-
-POWELL = 0.2
-
-
-@jax.jit
-def grow(H, s, y):
-    """Generations after q pairs, and what became of these."""
-    offer = generations.offer(H, s, y)
-    solved = block_bfgs.solve_all({0: offer.products}, {0: offer.usable}, POWELL)[0]
-    return generations.take(H, offer, solved)
+from kfqn_optax import generations, inverse, pairs
 
 
 def start(d, q, window, scale=1.0, dtype=jnp.float64):

@@ -123,7 +123,7 @@ def test_a_room_imports_only_rooms_above_it():
         "lbfgs": {"pairs"},
         "low_rank": {"lbfgs", "pairs"},
         "nystrom": {"low_rank", "pairs"},
-        "inverse": {"bfgs", "lbfgs", "generations", "nystrom"},
+        "inverse": {"bfgs", "lbfgs", "generations", "low_rank", "nystrom"},
         "layers": {"matrix"},
         "statistics": {"layers"},
         "calls": {"geometry", "matrix"},

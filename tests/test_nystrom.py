@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import relative
-from steps import dense, equal
+from steps import dense, equal, grow
 
-from kfqn_optax import block_bfgs, generations, inverse, lbfgs, low_rank, nystrom
+from kfqn_optax import generations, inverse, lbfgs, low_rank, nystrom
 
 
 @functools.partial(jax.jit, static_argnames="times")
@@ -148,12 +148,10 @@ def test_products_from_both_sides(seed, steps, bias):
     rng = np.random.default_rng(seed)
     H_g = generations.init(5, 2, 4, jnp.float64)._replace(scale=jnp.asarray(2.0))
     for _ in range(steps):
-        offer = generations.offer(H_g, *(jnp.asarray(rng.normal(size=(2, 5))) for _ in "sy"))
-        solved = block_bfgs.solve_all({0: offer.products}, {0: offer.usable}, 0.2)[0]
-        H_g, _ = generations.take(H_g, offer, solved)
+        H_g, _ = grow(H_g, *(jnp.asarray(rng.normal(size=(2, 5))) for _ in "sy"))
     A, _ = moment(rng, 10 ** rng.uniform(-1, 1, size=7))
     H_a, _ = follow(nystrom.init(7, 4, jnp.float64), A, sketches_of(rng, A), 0.3, True, times=2)
-    left, right = nystrom.as_low_rank(H_a), low_rank.of(generations.elder(H_g))
+    left, right = inverse.as_low_rank(H_a), inverse.as_low_rank(H_g)
     assert relative(low_rank.apply_to_rows(right, jnp.eye(5)), dense(H_g)) < 1e-9
     M = rng.normal(size=(7, 5))
     expected = dense(H_a) @ M @ dense(H_g)
@@ -171,9 +169,7 @@ def test_float32_products_keep_their_digits():
     H = generations.init(24, 4, 8, jnp.float32)._replace(scale=jnp.float32(5.8))
     for _ in range(11):
         s = rng.normal(size=(4, 24)) @ np.diag(curvature**-0.5)
-        offer = generations.offer(H, jnp.float32(s), jnp.float32(s * curvature))
-        solved = block_bfgs.solve_all({0: offer.products}, {0: offer.usable}, 0.2)[0]
-        H, _ = generations.take(H, offer, solved)
+        H, _ = grow(H, jnp.float32(s), jnp.float32(s * curvature))
     elder = generations.elder(H)
     exact = jax.tree.map(lambda x: jnp.asarray(x, jnp.float64), elder)
     M = rng.normal(size=(50, 24)) @ np.diag(curvature**0.5)
