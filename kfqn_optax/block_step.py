@@ -95,30 +95,38 @@ class Settings:
         return count % jnp.maximum(every, 1) == 0
 
 
-def step(
-    settings: Settings,
-    present: tuple[Layer, ...],
-    updates: Any,
-    state: ScaleByBlockKBFGSState,
-    params: Any,
-    measured: Statistics | None,
-    curvature_fn: Callable[..., Statistics] | None,
-    sketches: int,
-) -> tuple[Any, ScaleByBlockKBFGSState]:
-    """One step; the count is left to the caller."""
-    gradients = named_leaves(updates)
-    lr = value_at(settings.learning_rate, state.count)
-    root = jnp.sqrt(jnp.asarray(value_at(settings.damping, state.count)))
+def average(
+    settings: Settings, updates: Any, state: ScaleByBlockKBFGSState
+) -> tuple[ScaleByBlockKBFGSState, jax.Array]:
+    """The state with the momentum of this step, and whether its gradient entered it.
 
-    # The momentum; a gradient that is not finite does not enter it.
-    G = {name: gradients[name].astype(m.dtype) for name, m in state.momentum.items()}
+    A gradient that is not finite does not.
+    """
+    G = _gradients(updates, state)
     usable = jnp.isfinite(sum(jnp.sum(g * g) for g in G.values()))
     momentum = {
         name: jnp.where(usable, settings.momentum * m + (1 - settings.momentum) * G[name], m)
         for name, m in state.momentum.items()
     }
-    averaged = state.averaged + usable
-    correction = 1 - jnp.asarray(settings.momentum) ** jnp.maximum(averaged, 1)
+    return state._replace(momentum=momentum, averaged=state.averaged + usable), usable
+
+
+def step(
+    settings: Settings,
+    present: tuple[Layer, ...],
+    updates: Any,
+    state: ScaleByBlockKBFGSState,
+    usable: jax.Array,
+    params: Any,
+    measured: Statistics | None,
+    curvature_fn: Callable[..., Statistics] | None,
+    sketches: int,
+) -> tuple[Any, ScaleByBlockKBFGSState]:
+    """One step, after `average`; the count is left to the caller."""
+    gradients, G = named_leaves(updates), _gradients(updates, state)
+    lr = value_at(settings.learning_rate, state.count)
+    root = jnp.sqrt(jnp.asarray(value_at(settings.damping, state.count)))
+    correction = 1 - jnp.asarray(settings.momentum) ** jnp.maximum(state.averaged, 1)
 
     # A takes in the batch, and the input factors q pairs of it: they need no probe.
     begun = {layer.path: state.layers[layer.path] for layer in present}
@@ -131,7 +139,7 @@ def step(
 
     # The direction, and how far to go. M is the momentum over the correction, and so is P; numbers
     # are corrected in place of arrays.
-    P, promised = direction.direction(present, begun, momentum)
+    P, promised = direction.direction(present, begun, state.momentum)
     dtype = state.trust.radius.dtype
     correction = correction.astype(dtype)
     slope = _inner(G, P).astype(dtype) / correction
@@ -141,7 +149,7 @@ def step(
     length = proposal.length / correction / jnp.where(jnp.asarray(lr) > 0, lr, 1)
     steps = {name: jnp.where(length > 0, p * length.astype(p.dtype), 0) for name, p in P.items()}
     stepped = like(updates, gradients | steps, dtypes=params)
-    state = state._replace(momentum=momentum, averaged=averaged, layers=begun)
+    state = state._replace(layers=begun)
     if measured is None or curvature_fn is None:
         return stepped, state
 
@@ -166,6 +174,12 @@ def step(
     )
     updates = like(updates, gradients | kept, dtypes=params)
     return updates, state._replace(layers=layers, trust=learned)
+
+
+def _gradients(updates: Any, state: ScaleByBlockKBFGSState) -> dict[str, jax.Array]:
+    """Those of the layers, by path, in the dtype of the momentum."""
+    gradients = named_leaves(updates)
+    return {name: gradients[name].astype(m.dtype) for name, m in state.momentum.items()}
 
 
 def _inner(left: Mapping[str, jax.Array], right: Mapping[str, jax.Array]) -> jax.Array:

@@ -18,12 +18,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from kfqn_optax import bfgs, intake, inverse, layer_state, lbfgs, pairs
+from kfqn_optax import intake, inverse, layer_state, pairs
 from kfqn_optax.inverse import Diagonal
 from kfqn_optax.layer_state import RUNNING, LayerState
 from kfqn_optax.layers import Layer
+from kfqn_optax.one_side import Side
 from kfqn_optax.options import Options, dampings, is_damping
-from kfqn_optax.packed import Rows
 from kfqn_optax.pairs import Pair
 from kfqn_optax.statistics import LayerStatistics, is_usable, running_average
 
@@ -87,23 +87,15 @@ def learn(
     """
     outputs = _outputs(layers, states, measured, probed, changes, options, root)
     inputs = _inputs(layers, states, measured, products, options, root)
-    return {
-        layer.path: LayerState(
-            **inputs[layer.path],
-            **outputs[layer.path],
-            input_moment=states[layer.path].input_moment,
-            positions=states[layer.path].positions,
-            stage=states[layer.path].stage,
-            counts=layer_state.count(
-                states[layer.path].counts,
-                inputs[layer.path]["input_status"],
-                outputs[layer.path]["output_status"],
-                outputs[layer.path]["powell_damped"],
-                outputs[layer.path]["second_damped"],
-            ),
-        )
-        for layer in layers
-    }
+    learned = {}
+    for layer in layers:
+        of_layer, path = states[layer.path], layer.path
+        told = inputs[path] | outputs[path]
+        values = [told.pop(field) for field in layer_state.FIELDS]
+        last = jnp.stack([value.astype(jnp.int32) for value in values], axis=-1)
+        counts = layer_state.count(of_layer.counts, last)
+        learned[path] = of_layer._replace(**told, last=last, counts=counts)
+    return learned
 
 
 def output_change(
@@ -199,7 +191,8 @@ def _outputs(layers, states, measured, probed, changes, options, root) -> dict[s
         return rows.pack({path: of_layers[path]._replace(**without_inputs) for path in held})
 
     held = {layer.path: states[layer.path].output for layer in layers}
-    rows = Rows({path: states[path].s for path in held})
+    side = Side(layers, held)
+    rows = side.rows
     s, y, positions = (
         rows.pack({path: getattr(states[path], field) for path in held})
         for field in ("s", "y", "positions")
@@ -207,11 +200,8 @@ def _outputs(layers, states, measured, probed, changes, options, root) -> dict[s
     at = cotangents(measured)
     averaged = rows.map(average, s, y, rows.pack(changes), at, cotangents(probed))
     averages = rows.unpack([average for average, _, _ in averaged])
-    Hy = {
-        layer.path: layer.over_blocks(inverse.apply)(held[layer.path], averages[layer.path].y)
-        for layer in layers
-    }
-    offers = rows.map(damp, averaged, rows.pack(Hy), at, positions)
+    Hy = side.apply([average.y for average, _, _ in averaged])
+    offers = rows.map(damp, averaged, Hy, at, positions)
     by_powell = rows.unpack([offer.by_powell for offer in offers])
     by_second = rows.unpack([offer.by_second for offer in offers])
     return {
@@ -223,7 +213,7 @@ def _outputs(layers, states, measured, probed, changes, options, root) -> dict[s
             "powell_damped": by_powell[path],
             "second_damped": by_second[path],
         }
-        for path, (factor, status) in _update(layers, rows, held, offers).items()
+        for path, (factor, status) in _update(side, offers).items()
     }
 
 
@@ -258,7 +248,8 @@ def _inputs(layers, states, measured, products, options, root) -> dict[str, dict
             else layer.over_blocks(pairs.matvec)(states[layer.path].input_moment, steps[layer.path])
             for layer in learning
         }
-        rows = Rows(steps)
+        side = Side(learning, {path: states[path].input for path in steps})
+        rows = side.rows
         offers = rows.map(
             action,
             rows.pack(steps),
@@ -269,7 +260,7 @@ def _inputs(layers, states, measured, products, options, root) -> dict[str, dict
             rows.pack({path: states[path].positions for path in steps}),
             rows.pack({path: states[path].stage for path in steps}),
         )
-        updated = _update(learning, rows, {path: states[path].input for path in steps}, offers)
+        updated = _update(side, offers)
     for path in [layer.path for layer in layers if layer.path not in steps]:
         # The lookups of an embedding: A is diagonal.
         damping, _ = dampings(options, root, states[path].positions)
@@ -286,29 +277,6 @@ def _inputs(layers, states, measured, products, options, root) -> dict[str, dict
     }
 
 
-def _update(
-    layers: Sequence[Layer], rows: Rows, held: Mapping[str, Any], offers: list[_Offer]
-) -> dict[str, tuple[Any, jax.Array]]:
+def _update(side: Side, offers: list[_Offer]) -> dict[str, tuple[Any, jax.Array]]:
     """One side's factors after their pairs, and what became of these."""
-    offered = rows.unpack(offers)
-    is_dense = {path: isinstance(H, jax.Array) for path, H in held.items()}
-    changes = {}
-    if any(is_dense.values()):
-        Hy = {
-            layer.path: layer.over_blocks(bfgs.apply)(held[layer.path], offered[layer.path].pair.y)
-            if is_dense[layer.path]
-            else jnp.zeros_like(offered[layer.path].pair.y)
-            for layer in layers
-        }
-        pair, status = [offer.pair for offer in offers], [offer.status for offer in offers]
-        changes = rows.unpack(rows.map(bfgs.change, pair, rows.pack(Hy), status))
-    updated = {}
-    for layer in layers:
-        path = layer.path
-        if is_dense[path]:
-            change, status = changes[path]
-            updated[path] = layer.over_blocks(bfgs.add)(held[path], change), status
-        else:
-            pair, status = offered[path].pair, offered[path].status
-            updated[path] = layer.over_blocks(lbfgs.update)(held[path], pair, status)
-    return updated
+    return side.update([offer.pair for offer in offers], [offer.status for offer in offers])

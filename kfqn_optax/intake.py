@@ -23,7 +23,6 @@ class _Intake(NamedTuple):
     usable: jax.Array
     old: jax.Array
     new: jax.Array
-    positions: jax.Array
     stage: jax.Array
 
 
@@ -54,14 +53,13 @@ def begin(
     if measured is None:
         return {layer.path: _closed(states[layer.path], damped) for layer in layers}
 
-    def intake(seen, rows, examples, stage, positions) -> _Intake:
+    def intake(seen, rows, stage) -> _Intake:
         usable = (rows > 0) & is_usable(seen) & damped
         running = jnp.asarray(decay, seen.dtype)
         return _Intake(
             usable=usable,
             old=jnp.where(stage == EMPTY, 0, jnp.where(stage == WARM, 1, running)),
             new=jnp.where(stage == EMPTY, 1, jnp.where(stage == WARM, 0, 1 - running)),
-            positions=jnp.where(rows > 0, rows / examples, positions),
             stage=jnp.where(usable | (damped & (stage == WARM)), RUNNING, stage),
         )
 
@@ -71,9 +69,7 @@ def begin(
         intake,
         rows.pack(seen),
         rows.pack({path: measured[path].rows for path in seen}),
-        rows.pack({path: measured[path].examples for path in seen}),
         rows.pack({path: states[path].stage for path in seen}),
-        rows.pack({path: states[path].positions for path in seen}),
     )
     return {
         path: _take_in(states[path], measured[path], how)
@@ -89,12 +85,19 @@ def _closed(state: LayerState, damped: jax.Array) -> LayerState:
 
 
 def witness(state: LayerState, measured: LayerStatistics) -> jax.Array:
-    """A vector that is usable if what A takes in is; [*blocks, d_in]."""
+    """A vector that is usable if what A takes in is; [*blocks, d_in].
+
+    Of a second moment the diagonal: no entry is larger than the largest of these, and what is not
+    finite in an input is not in its square.
+    """
     moment = measured.input_moment
     if state.input_moment is None or moment is None:
         return measured.input_mean
     matrix = moment.ndim > measured.input_mean.ndim
-    return jnp.sum(jnp.abs(moment), axis=-1) if matrix else moment
+    if not matrix:
+        return moment
+    d = moment.shape[-1]  # by a stride, for which XLA needs less code than for jnp.diagonal
+    return moment.reshape(*moment.shape[:-2], d * d)[..., :: d + 1]
 
 
 def _take_in(state: LayerState, measured: LayerStatistics, intake: _Intake) -> LayerState:
@@ -105,7 +108,11 @@ def _take_in(state: LayerState, measured: LayerStatistics, intake: _Intake) -> L
             for number in (intake.usable, intake.old, intake.new)
         )
         A = jnp.where(usable, old * A + new * batch, A).astype(A.dtype)
-    return state._replace(input_moment=A, positions=intake.positions, stage=intake.stage)
+    # Mostly a constant of the program, so it is kept out of the rows.
+    positions = jnp.where(measured.rows > 0, measured.rows / measured.examples, state.positions)
+    return state._replace(
+        input_moment=A, positions=positions.astype(state.positions.dtype), stage=intake.stage
+    )
 
 
 def starts(state: LayerState, begun: LayerState) -> jax.Array:

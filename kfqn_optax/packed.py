@@ -23,20 +23,27 @@ class Rows:
     """Which vector lies in which row of which array.
 
     A packed tree is a list, one tree for each array of rows: [rows, width] for vectors, [rows] for
-    numbers. Layers of one dtype and of similar length share an array.
+    numbers. Layers of one kind and dtype and of similar length share an array.
+
+    Attributes:
+        groups: for each array the keys of its vectors.
     """
 
-    def __init__(self, like: Mapping[Any, jax.Array]):
-        """Rows for vectors [d], or [blocks, d], with these shapes and dtypes."""
+    def __init__(self, like: Mapping[Any, jax.Array], kinds: Mapping[Any, Any] | None = None):
+        """Rows for vectors [d], or [blocks, d], with these shapes and dtypes, of these kinds."""
         self._like = {key: jax.ShapeDtypeStruct(v.shape, v.dtype) for key, v in like.items()}
-        self._groups = _groups(self._like)
+        self.groups = _groups(self._like, kinds or {})
 
     def pack(self, trees: Mapping[Any, Any]) -> list[Any]:
         """Trees of vectors [*blocks, d] and numbers [*blocks], by key, as a packed tree."""
-        return [
-            jax.tree.map(lambda *leaves: self._pack(group, leaves), *(trees[key] for key in group))  # noqa: B023
-            for group in self._groups
-        ]
+        return [self.pack_group(at, trees) for at in range(len(self.groups))]
+
+    def pack_group(self, at: int, trees: Mapping[Any, Any]) -> Any:
+        """The same for the vectors of one array alone."""
+        group = self.groups[at]
+        return jax.tree.map(
+            lambda *leaves: self._pack(group, leaves), *(trees[key] for key in group)
+        )
 
     def map(self, fn: Callable, *packed: list[Any]) -> list[Any]:
         """``fn`` of each row of packed trees.
@@ -47,25 +54,30 @@ class Rows:
                 done entry by entry to vectors of the same layer.
             *packed: its arguments.
         """
-        # The barrier keeps XLA from computing everything again for each layer that reads a row.
-        return jax.lax.optimization_barrier(
-            [jax.vmap(fn)(*arguments) for arguments in zip(*packed, strict=True)]
-        )
+        return [
+            _computed_once(jax.vmap(fn)(*arguments), arguments)
+            for arguments in zip(*packed, strict=True)
+        ]
 
     def unpack(self, packed: list[Any]) -> dict[Any, Any]:
         """A packed tree as trees by key."""
         trees = {}
-        for group, tree in zip(self._groups, packed, strict=True):
-            at = 0
-            for key in group:
-                *blocks, d = self._like[key].shape
-                rows = slice(at, at + blocks[0]) if blocks else at
-                at += blocks[0] if blocks else 1
-                trees[key] = jax.tree.map(
-                    lambda x: x[rows] if x.ndim == 1 else x[rows, ..., :d],  # noqa: B023
-                    tree,
-                )
+        for at, tree in enumerate(packed):
+            trees |= self.unpack_group(at, tree)
         return {key: trees[key] for key in self._like}
+
+    def unpack_group(self, at: int, tree: Any) -> dict[Any, Any]:
+        """The same for the vectors of one array alone."""
+        trees, begin = {}, 0
+        for key in self.groups[at]:
+            *blocks, d = self._like[key].shape
+            rows = slice(begin, begin + blocks[0]) if blocks else begin
+            begin += blocks[0] if blocks else 1
+            trees[key] = jax.tree.map(
+                lambda x: x[rows] if x.ndim == 1 else x[rows, ..., :d],  # noqa: B023
+                tree,
+            )
+        return trees
 
     def _pack(self, group: list[Any], leaves: tuple[Any, ...]) -> jax.Array:
         """One leaf of the trees of a group, [rows, width] or [rows].
@@ -88,11 +100,33 @@ class Rows:
         return flat.reshape(-1, width) if vectors else flat
 
 
-def _groups(like: Mapping[Any, Any]) -> list[list[Any]]:
+def _computed_once(rows: Any, arguments: Any) -> Any:
+    """The same, in a form that XLA computes once and not again for each layer that reads a row.
+
+    On a CPU it fuses what is cheap into everything that reads it, `jax.lax.optimization_barrier` or
+    not: the kernels of each layer would then hold all of a step's logic of pairs. A division is not
+    cheap, so it is not done twice, and to divide by 1 changes nothing. XLA must not know that it is
+    1, so it is made from numbers that a program is given. Codes are divided as floating point
+    numbers, which hold them exactly.
+    """
+    given = [leaf[0] > 0 for leaf in jax.tree.leaves(arguments) if leaf.ndim == 1]
+    leaves, treedef = jax.tree.flatten(rows)
+    floats = [leaf.dtype for leaf in leaves if jnp.issubdtype(leaf.dtype, jnp.floating)]
+    dtype = jnp.result_type(jnp.float32, *floats)
+    one = 1 + 0 * sum(number.astype(dtype) for number in given)
+    columns = iter(jnp.stack([leaf.astype(dtype) for leaf in leaves if leaf.ndim == 1]) / one)
+    return jax.tree.unflatten(
+        treedef,
+        [(next(columns) if leaf.ndim == 1 else leaf / one).astype(leaf.dtype) for leaf in leaves],
+    )
+
+
+def _groups(like: Mapping[Any, Any], kinds: Mapping[Any, Any]) -> list[list[Any]]:
     """Keys whose vectors share an array, the longest first."""
     groups: list[list[Any]] = []
-    for dtype in dict.fromkeys(vector.dtype for vector in like.values()):
-        alike = [key for key, vector in like.items() if vector.dtype == dtype]
+    sorts = {key: (kinds.get(key), vector.dtype) for key, vector in like.items()}
+    for sort in dict.fromkeys(sorts.values()):
+        alike = [key for key in like if sorts[key] == sort]
         alike.sort(key=lambda key: like[key].shape[-1], reverse=True)
         while alike:
             width = like[alike[0]].shape[-1]

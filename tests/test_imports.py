@@ -140,9 +140,10 @@ def test_a_room_imports_only_rooms_above_it():
         "intake": {
             "options", "layers", "layer_state", "statistics", "packed", "inverse",
         },
+        "one_side": {"layers", "packed", "pairs", "bfgs", "lbfgs"},
         "factors": {
-            "options", "layers", "layer_state", "statistics", "packed", "pairs", "bfgs", "lbfgs",
-            "inverse", "intake",
+            "options", "layers", "layer_state", "statistics", "pairs", "inverse", "intake",
+            "one_side",
         },
         "direction": {"options", "layers", "inverse", "generations", "low_rank", "nystrom"},
         "health": {"block_step", "pairs", "layer_state", "summary"},
