@@ -135,7 +135,9 @@ def take(H: Generations, offer: Offer, solved: Solved) -> tuple[Generations, Tak
     begun, q, m = _begun(H), len(offer.y), len(H.y)
 
     def put(array: jax.Array, rows: jax.Array, axis: int) -> jax.Array:
-        return jax.lax.dynamic_update_slice_in_dim(array, rows, H.next, axis)
+        return jax.lax.dynamic_update_slice_in_dim(
+            array, rows, H.next, axis, allow_negative_indices=False
+        )
 
     s = jax.vmap(pairs.matmul)(solved.s, offer.rows)
     columns = -jax.vmap(pairs.matmul)(offer.along, solved.R_inverse)

@@ -66,3 +66,22 @@ def test_dtypes_are_not_mixed():
     rows = Rows(like)
     assert {array.dtype.name for array in rows.pack(like)} == {"float32", "float64"}
     assert rows.unpack(rows.pack(like))["high"].dtype == jnp.float64
+
+
+def test_a_map_that_changes_nothing_changes_no_bit():
+    """Its results are divided by 1 on the way, see `packed`."""
+    special = jnp.array([0.0, -0.0, jnp.inf, -jnp.inf, 3e38, 1e-37, 1 / 3], jnp.float32)
+    tree = {
+        "layer": (special, jnp.float32(-0.0), jnp.int32(7), jnp.asarray(True)),
+        "other": (special[:3], jnp.float32(jnp.inf), jnp.int32(-1), jnp.asarray(False)),
+    }
+    rows = Rows({key: vector for key, (vector, *_) in tree.items()})
+    same = jax.jit(lambda tree: rows.unpack(rows.map(lambda x: x, rows.pack(tree))))(tree)
+    for ours, expected in zip(jax.tree.leaves(same), jax.tree.leaves(tree), strict=True):
+        assert ours.dtype == expected.dtype
+        assert np.asarray(ours).tobytes() == np.asarray(expected).tobytes()
+
+
+def test_kinds_are_not_mixed():
+    like = {"a": jnp.zeros(4), "b": jnp.zeros(4), "c": jnp.zeros(3)}
+    assert Rows(like, {"b": 20}).groups == [["a", "c"], ["b"]]
