@@ -168,18 +168,19 @@ def reduce(
         if sketches is not None and layer.bias is not None:
             sketches = jnp.concatenate([sketches, sums["sketched_rows"]], axis=-1)
         per_position = examples / some_rows
+        moment = None if moment is None else moment / examples
+        mean = inputs / some_rows
         if layer.bias is not None:
-            with_bias = jnp.append(inputs, rows)
+            mean = jnp.append(mean, rows / some_rows)
             if moment is not None:
-                moment = _bordered(moment, with_bias)
+                moment = _bordered(moment, mean * (some_rows / examples))
             if product is not None and vector is not None:
                 last = jnp.dot(inputs, vector[:-1]) + rows * vector[-1]
                 product = jnp.append(product + inputs * vector[-1], last)
-            inputs = with_bias
         return LayerStatistics(
-            input_moment=None if moment is None else moment / examples,
+            input_moment=moment,
             input_product=None if product is None else product / examples,
-            input_mean=inputs / some_rows,
+            input_mean=mean,
             cotangent_mean=sums["cotangents"] * per_position,
             cotangent_noise=jnp.sqrt(sums["roundings"][0]) * per_position,
             rows=rows,
