@@ -15,8 +15,7 @@ best is run with the other seeds. With ``--tune_epochs`` they are tried for so m
 
 ``--table`` prints, for the best learning rate of each method, the plain-step equivalents until the
 train loss first reaches some targets: steps (to the end of the epoch) times what a step costs, as a
-multiple of a plain step, in ``benchmarks/results/price_cpu.json`` (of the light recipe, in
-``price_light.json``); and the seconds that is there.
+multiple of a plain step, in ``benchmarks/results/price_cpu.json``; and the seconds that is there.
 """
 
 import argparse
@@ -48,14 +47,17 @@ LIMIT = {"weight_decay": 1e-5, "norm_constraint": 3.0}
 FAST = {"output_memory": 20}
 
 
+FIRST = 60
+
+
 def light_every(count):
-    """Curvature in every step of the first 60, in every 4th of the others."""
-    return jnp.where(count < 60, 1, 4)
+    """Curvature in every one of the first steps, in every 8th of the others."""
+    return jnp.where(count < FIRST, 1, 8)
 
 
 # By method: the transformation for a learning rate, the share of the batch that curvature is
 # measured on (None: it takes none), the first learning rates, and its name among the candidates of
-# `price`.
+# `price`; or two names, that of the first steps and that of the others.
 OURS = 0.2, 0.4, 0.8, 1.6
 METHODS = {
     "kbfgs": (lambda lr: kfqn.kbfgs(lr, 0.3, **LIMIT), 1, OURS, "kbfgs"),
@@ -72,7 +74,7 @@ METHODS = {
         lambda lr: kfqn.block_kbfgs(lr, weight_decay=1e-5, update_every=light_every, **LIGHT),
         0.1,
         (0.2, 0.5, 1.0),
-        "light, every 4th step",
+        ("light", "light, every 8th step"),
     ),
     "kfqn": (lambda lr: kfqn.kfqn(lr, 0.3, **LIMIT), 1, OURS, "kfqn"),
     "kbfgs_l": (lambda lr: kfqn.kbfgs_l(lr, 0.3, **LIMIT), 1, OURS, "kbfgs_l"),
@@ -216,18 +218,25 @@ def table(path, name, prices):
         best = min(whole, key=_last)["learning_rate"]  # None: it adapts
         curves = [run["train_loss"] for run in whole if run["learning_rate"] == best]
         median = [statistics.median(losses) for losses in zip(*curves, strict=True)]
-        ratio = whole[0].get("ratio") or rows[METHODS[method][3]]["ratio"]
+        if "ratio" in whole[0]:
+            first = later = whole[0]["ratio"]
+        else:
+            names = METHODS[method][3]
+            names = (names, names) if isinstance(names, str) else names
+            first, later = (rows[of_price]["ratio"] for of_price in names)
         plain = rows["plain"]["median_s"]
         cells = []
         for target in targets:
             epoch = next((i for i, loss in enumerate(median, 1) if loss <= target), None)
-            equivalents = (epoch or 0) * (runs[0]["examples"] // BATCH) * ratio
+            steps = (epoch or 0) * (runs[0]["examples"] // BATCH)
+            equivalents = min(steps, FIRST) * first + max(steps - FIRST, 0) * later
             cells.append(
                 "not" if epoch is None else f"{equivalents:.0f} ({equivalents * plain:.0f})"
             )
         cells += [f"{longest}", f"{median[len(median) // 2 - 1]:.1f}", f"{median[-1]:.1f}"]
+        price = f"{later:.2f}" if first == later else f"{first:.2f}, then {later:.2f}"
         print(
-            f"| {method} | {best or 'adapts'} | {len(curves)} | {ratio:.2f} | {len(mine)} | ",
+            f"| {method} | {best or 'adapts'} | {len(curves)} | {price} | {len(mine)} | ",
             end="",
         )
         print(" | ".join(cells), end=" |\n")
@@ -262,10 +271,7 @@ def main():
             parts = {name: np.rint(255 * x).astype(np.uint8) for name, x in parts.items()}
         np.savez_compressed(options.export, **parts)
     elif options.table:
-        files = (RESULTS / f"price_{of}.json" for of in ("cpu", "light"))
-        prices, light = (json.loads(file.read_text())["steps"] for file in files)
-        for name, measured in light.items():
-            prices[name]["rows"] = measured["rows"] | prices[name]["rows"]
+        prices = json.loads((RESULTS / "price_cpu.json").read_text())["steps"]
         for name in dict.fromkeys(run["problem"] for run in read(options.output)):
             table(options.output, name, prices)
     else:

@@ -88,7 +88,7 @@ MAIN = {
     "block": _block(1),
     "block, every 4th step": _block(4),
     "light": _block(1, **LIGHT),
-    "light, every 4th step": _block(4, **LIGHT),
+    "light, every 8th step": _block(8, **LIGHT),
     "kbfgs, factors kept": _ours(kfqn.kbfgs, None),
 }
 MORE = {
