@@ -29,11 +29,11 @@ class Side:
         """The factors of some layers, by path; with blocks they have an axis of blocks in front."""
         self._layers = {layer.path: layer for layer in layers}
         self._held = held
-        kinds = {path: H.s.shape[-2] if isinstance(H, Memory) else None for path, H in held.items()}
+        depths = {path: H.s.shape[-2] if isinstance(H, Memory) else 0 for path, H in held.items()}
         vectors = {
             path: H.s[..., 0, :] if isinstance(H, Memory) else H[..., 0] for path, H in held.items()
         }
-        self.rows = Rows(vectors, kinds)
+        self.rows = Rows(vectors, depths)
         self._memories = [
             self._side_by_side(group) if isinstance(held[group[0]], Memory) else None
             for group in self.rows.groups

@@ -23,16 +23,22 @@ class Rows:
     """Which vector lies in which row of which array.
 
     A packed tree is a list, one tree for each array of rows: [rows, width] for vectors, [rows] for
-    numbers. Layers of one kind and dtype and of similar length share an array.
+    numbers. Layers of one dtype and of similar length share an array.
 
     Attributes:
         groups: for each array the keys of its vectors.
     """
 
-    def __init__(self, like: Mapping[Any, jax.Array], kinds: Mapping[Any, Any] | None = None):
-        """Rows for vectors [d], or [blocks, d], with these shapes and dtypes, of these kinds."""
+    def __init__(self, like: Mapping[Any, jax.Array], depths: Mapping[Any, int] | None = None):
+        """Rows for vectors of some shapes.
+
+        Args:
+            like: by key, [d] or [blocks, d], of the right dtype.
+            depths: how many further vectors of its length each row stands for, 0 if nothing is
+                said. Keys of different depths share no array.
+        """
         self._like = {key: jax.ShapeDtypeStruct(v.shape, v.dtype) for key, v in like.items()}
-        self.groups = _groups(self._like, kinds or {})
+        self.groups = _groups(self._like, depths or {})
 
     def pack(self, trees: Mapping[Any, Any]) -> list[Any]:
         """Trees of vectors [*blocks, d] and numbers [*blocks], by key, as a packed tree."""
@@ -114,24 +120,25 @@ def _computed_once(rows: Any, arguments: Any) -> Any:
     floats = [leaf.dtype for leaf in leaves if jnp.issubdtype(leaf.dtype, jnp.floating)]
     dtype = jnp.result_type(jnp.float32, *floats)
     one = 1 + 0 * sum(number.astype(dtype) for number in given)
-    columns = iter(jnp.stack([leaf.astype(dtype) for leaf in leaves if leaf.ndim == 1]) / one)
+    numbers = [leaf.astype(dtype) for leaf in leaves if leaf.ndim == 1]
+    columns = iter(jnp.stack(numbers) / one if numbers else [])
     return jax.tree.unflatten(
         treedef,
         [(next(columns) if leaf.ndim == 1 else leaf / one).astype(leaf.dtype) for leaf in leaves],
     )
 
 
-def _groups(like: Mapping[Any, Any], kinds: Mapping[Any, Any]) -> list[list[Any]]:
+def _groups(like: Mapping[Any, Any], depths: Mapping[Any, int]) -> list[list[Any]]:
     """Keys whose vectors share an array, the longest first."""
     groups: list[list[Any]] = []
-    sorts = {key: (kinds.get(key), vector.dtype) for key, vector in like.items()}
-    for sort in dict.fromkeys(sorts.values()):
-        alike = [key for key in like if sorts[key] == sort]
+    kinds = {key: (depths.get(key, 0), vector.dtype) for key, vector in like.items()}
+    for depth, dtype in dict.fromkeys(kinds.values()):
+        alike = [key for key in like if kinds[key] == (depth, dtype)]
         alike.sort(key=lambda key: like[key].shape[-1], reverse=True)
         while alike:
             width = like[alike[0]].shape[-1]
             rows = sum(like[key].shape[0] if len(like[key].shape) > 1 else 1 for key in alike)
-            few = width * rows <= _SMALL
+            few = width * rows * max(depth, 1) <= _SMALL
             group = [key for key in alike if few or 4 * like[key].shape[-1] >= width]
             groups.append(group)
             alike = alike[len(group) :]

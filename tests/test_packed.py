@@ -82,6 +82,10 @@ def test_a_map_that_changes_nothing_changes_no_bit():
         assert np.asarray(ours).tobytes() == np.asarray(expected).tobytes()
 
 
-def test_kinds_are_not_mixed():
+def test_depths_are_not_mixed_and_deep_rows_are_not_lengthened_much():
+    """A memory of 100 pairs of 8000 beside thirty of 64 would be 25 times as large."""
     like = {"a": jnp.zeros(4), "b": jnp.zeros(4), "c": jnp.zeros(3)}
     assert Rows(like, {"b": 20}).groups == [["a", "c"], ["b"]]
+    like = {i: jnp.zeros(64) for i in range(30)} | {"head": jnp.zeros(8000)}
+    assert len(Rows(like).groups) == 1
+    assert Rows(like, dict.fromkeys(like, 100)).groups == [["head"], list(range(30))]

@@ -1,5 +1,6 @@
 """What the results were measured on, and how fast it multiplies and copies."""
 
+import os
 import platform
 import re
 import statistics
@@ -13,7 +14,7 @@ REPEATS = 9
 
 
 def facts() -> dict[str, str]:
-    """The device, the versions, and the precision of products of float32 matrices."""
+    """The device, the versions, the precision of products of float32 matrices, the allocator."""
     device = jax.devices()[0]
     return {
         "device": f"{device.platform}: {device.device_kind}",
@@ -21,6 +22,7 @@ def facts() -> dict[str, str]:
         "python": platform.python_version(),
         "jax": jax.__version__,
         "precision": str(jax.config.jax_default_matmul_precision or "default"),
+        "allocator": os.environ.get("GLIBC_TUNABLES", "default"),
     }
 
 
