@@ -133,8 +133,8 @@ def reached(losses, every, target):
 
 def equivalents(steps, method, rows):
     """What so many steps cost, in plain ones; later steps of block K-BFGS have their own price."""
-    first, later = min(steps, FIRST_STEPS), LATER if method == "block" else method
-    return first * rows[method]["ratio"] + (steps - first) * rows[later]["ratio"]
+    prices = (rows[name]["ratio"] for name in (method, LATER if method == "block" else method))
+    return time_to_loss.equivalents(steps, FIRST_STEPS, *prices)
 
 
 def table(options):

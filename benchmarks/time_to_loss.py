@@ -45,9 +45,7 @@ TARGETS = {
 }
 LIMIT = {"weight_decay": 1e-5, "norm_constraint": 3.0}
 FAST = {"output_memory": 20}
-
-
-FIRST = 60
+FIRST = 60  # steps, for which some methods have a price of their own
 
 
 def light_every(count):
@@ -201,6 +199,11 @@ def read(path):
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
+def equivalents(steps, first_steps, first, later):
+    """What so many steps cost, in plain ones: the first at one price, the others at another."""
+    return min(steps, first_steps) * first + max(steps - first_steps, 0) * later
+
+
 def table(path, name, prices):
     """Prints what a problem's runs came to."""
     runs = [run for run in read(path) if run["problem"] == name]
@@ -229,10 +232,8 @@ def table(path, name, prices):
         for target in targets:
             epoch = next((i for i, loss in enumerate(median, 1) if loss <= target), None)
             steps = (epoch or 0) * (runs[0]["examples"] // BATCH)
-            equivalents = min(steps, FIRST) * first + max(steps - FIRST, 0) * later
-            cells.append(
-                "not" if epoch is None else f"{equivalents:.0f} ({equivalents * plain:.0f})"
-            )
+            cost = equivalents(steps, FIRST, first, later)
+            cells.append("not" if epoch is None else f"{cost:.0f} ({cost * plain:.0f})")
         cells += [f"{longest}", f"{median[len(median) // 2 - 1]:.1f}", f"{median[-1]:.1f}"]
         price = f"{later:.2f}" if first == later else f"{first:.2f}, then {later:.2f}"
         print(

@@ -155,7 +155,6 @@ def scale_by_block_kbfgs(
         if not present:
             return updates, state._replace(count=count)
         checks.check_arguments(params, curvature_fn, present, "block K-BFGS")
-        due = settings.measures(state.count) | state.trust.doubt
         averaged, usable = block_step.average(settings, updates, state)
 
         def step(fn: CurvatureFn | None) -> tuple[Any, ScaleByBlockKBFGSState]:
@@ -182,7 +181,11 @@ def scale_by_block_kbfgs(
         if curvature_fn is None or settings.measures_always():
             stepped, new = step(curvature_fn)
         else:
-            stepped, new = jax.lax.cond(due, lambda: step(curvature_fn), lambda: step(None))
+            stepped, new = jax.lax.cond(
+                settings.measures(state.count) | state.trust.doubt,
+                lambda: step(curvature_fn),
+                lambda: step(None),
+            )
         return stepped, new._replace(count=count)
 
     return optax.GradientTransformationExtraArgs(cast(Any, init_fn), cast(Any, update_fn))

@@ -87,15 +87,23 @@ def learn(
     """
     outputs = _outputs(layers, states, measured, probed, changes, options, root)
     inputs = _inputs(layers, states, measured, products, options, root)
-    learned = {}
-    for layer in layers:
-        of_layer, path = states[layer.path], layer.path
-        told = inputs[path] | outputs[path]
-        values = [told.pop(field) for field in layer_state.FIELDS]
-        last = jnp.stack([value.astype(jnp.int32) for value in values], axis=-1)
-        counts = layer_state.count(of_layer.counts, last)
-        learned[path] = of_layer._replace(**told, last=last, counts=counts)
-    return learned
+    return {
+        layer.path: LayerState(
+            **inputs[layer.path],
+            **outputs[layer.path],
+            input_moment=states[layer.path].input_moment,
+            positions=states[layer.path].positions,
+            stage=states[layer.path].stage,
+            counts=layer_state.count(
+                states[layer.path].counts,
+                inputs[layer.path]["input_status"],
+                outputs[layer.path]["output_status"],
+                outputs[layer.path]["powell_damped"],
+                outputs[layer.path]["second_damped"],
+            ),
+        )
+        for layer in layers
+    }
 
 
 def output_change(

@@ -22,10 +22,6 @@ WARM = 1  # A comes from warm_start; the first batch will not enter it
 RUNNING = 2  # A is a running average (or never stored)
 
 
-# What a step tells of the pairs of a layer: a status for each side, and whether the two dampings of
-# the output pair acted.
-FIELDS = ("input_status", "output_status", "powell_damped", "second_damped")
-
 # What the columns of `LayerState.counts` count: what became of the pairs of each side, by status
 # (see `pairs`), and the two dampings of output pairs.
 COLUMNS = (
@@ -51,8 +47,10 @@ class LayerState(NamedTuple):
         y: running average of the change of the mean cotangent, [d_out].
         positions: T, the number of positions an example had when last measured; 1 before.
         stage: `EMPTY`, `WARM` or `RUNNING`, int32.
-        last: what became of the last pairs, by `FIELDS`, int32; one array and not one for each,
-            since a program takes time to compile for each that it returns.
+        input_status: what became of the last pair of the input factor (see `pairs`), int32.
+        output_status: the same for the output factor.
+        powell_damped: whether Powell's damping acted on the last output pair, bool.
+        second_damped: whether the second damping did.
         counts: how often, since the start, each of these happened (`COLUMNS`), int32; `health`
             reads it. Steps without a ``curvature_fn`` do not count.
     """
@@ -67,29 +65,12 @@ class LayerState(NamedTuple):
     positions: jax.Array
     # what happened
     stage: jax.Array
-    last: jax.Array
+    input_status: jax.Array
+    output_status: jax.Array
+    powell_damped: jax.Array
+    second_damped: jax.Array
     # how often
     counts: jax.Array
-
-    @property
-    def input_status(self) -> jax.Array:
-        """What became of the last pair of the input factor (see `pairs`), int32."""
-        return self.last[..., 0]
-
-    @property
-    def output_status(self) -> jax.Array:
-        """The same for the output factor."""
-        return self.last[..., 1]
-
-    @property
-    def powell_damped(self) -> jax.Array:
-        """Whether Powell's damping acted on the last output pair, bool."""
-        return self.last[..., 2] != 0
-
-    @property
-    def second_damped(self) -> jax.Array:
-        """Whether the second damping did."""
-        return self.last[..., 3] != 0
 
 
 def init(layer: Layer, dtype: Any, options: Options) -> LayerState:
@@ -118,7 +99,10 @@ def init(layer: Layer, dtype: Any, options: Options) -> LayerState:
         y=jnp.zeros((d_out,), dtype),
         positions=jnp.ones((), dtype),
         stage=jnp.full((), EMPTY, jnp.int32),
-        last=jnp.array([pairs.NOT_MEASURED, pairs.NOT_MEASURED, False, False], jnp.int32),
+        input_status=jnp.full((), pairs.NOT_MEASURED, jnp.int32),
+        output_status=jnp.full((), pairs.NOT_MEASURED, jnp.int32),
+        powell_damped=jnp.zeros((), bool),
+        second_damped=jnp.zeros((), bool),
         counts=jnp.zeros(len(COLUMNS), jnp.int32),
     )
     return layer.for_each_block(state)
@@ -145,16 +129,28 @@ def warm(state: LayerState, moment: jax.Array | None, positions: jax.Array) -> L
     )
 
 
-def count(counts: jax.Array, last: jax.Array) -> jax.Array:
-    """The counts after one more step, [*blocks, columns], from `LayerState.last` of that step."""
-    return counts + columns_of({field: last[..., at] for at, field in enumerate(FIELDS)})
-
-
-def columns_of(happened: Mapping[str, jax.Array]) -> jax.Array:
-    """Which of `COLUMNS` happened, bool, [..., columns], from values by field, int32, [...].
+def count(
+    counts: jax.Array,
+    input_status: jax.Array,
+    output_status: jax.Array,
+    powell_damped: jax.Array,
+    second_damped: jax.Array,
+) -> jax.Array:
+    """The counts after one more step, [*blocks, columns]; the other arguments are [*blocks].
 
     One comparison for all columns, since a program takes time to compile for each that it makes.
     """
+    happened = {
+        "input_status": input_status,
+        "output_status": output_status,
+        "powell_damped": powell_damped.astype(jnp.int32),
+        "second_damped": second_damped.astype(jnp.int32),
+    }
+    return counts + columns_of(happened)
+
+
+def columns_of(happened: Mapping[str, jax.Array]) -> jax.Array:
+    """Which of `COLUMNS` happened, bool, [..., columns], from values by field, int32, [...]."""
     shape = (*next(iter(happened.values())).shape, len(COLUMNS))
     seen = jnp.full(shape, -1, jnp.int32)  # no value of any field
     for name, value in happened.items():

@@ -92,11 +92,9 @@ class Side:
 
     def _apart(self, at: int, H: Memory, status: jax.Array) -> dict[str, tuple[Memory, jax.Array]]:
         """The memories of a group and their statuses by path, as `_side_by_side` found them."""
-        memories, begin = {}, 0
-        for path, reached in self.rows.unpack_group(at, status).items():
-            d, blocks = self._held[path].s.shape[-1], self._layers[path].blocks
-            rows = begin if blocks is None else slice(begin, begin + blocks)
-            begin += blocks or 1
+        memories = {}
+        for path, rows in self.rows.rows_of(at).items():
+            d = self._held[path].s.shape[-1]
             memory = jax.tree.map(lambda x: x[rows], H)  # noqa: B023
-            memories[path] = memory._replace(s=memory.s[..., :d], y=memory.y[..., :d]), reached
+            memories[path] = memory._replace(s=memory.s[..., :d], y=memory.y[..., :d]), status[rows]
         return memories

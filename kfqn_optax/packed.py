@@ -74,16 +74,23 @@ class Rows:
 
     def unpack_group(self, at: int, tree: Any) -> dict[Any, Any]:
         """The same for the vectors of one array alone."""
-        trees, begin = {}, 0
-        for key in self.groups[at]:
-            *blocks, d = self._like[key].shape
-            rows = slice(begin, begin + blocks[0]) if blocks else begin
-            begin += blocks[0] if blocks else 1
+        trees = {}
+        for key, rows in self.rows_of(at).items():
+            d = self._like[key].shape[-1]
             trees[key] = jax.tree.map(
                 lambda x: x[rows] if x.ndim == 1 else x[rows, ..., :d],  # noqa: B023
                 tree,
             )
         return trees
+
+    def rows_of(self, at: int) -> dict[Any, int | slice]:
+        """By key the row of its vector in one array, or the rows of its blocks."""
+        places, begin = {}, 0
+        for key in self.groups[at]:
+            *blocks, _ = self._like[key].shape
+            places[key] = slice(begin, begin + blocks[0]) if blocks else begin
+            begin += blocks[0] if blocks else 1
+        return places
 
     def _pack(self, group: list[Any], leaves: tuple[Any, ...]) -> jax.Array:
         """One leaf of the trees of a group, [rows, width] or [rows].

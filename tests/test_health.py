@@ -80,9 +80,8 @@ def test_every_column_counts_its_own(blocks):
                 ("input_status", status), ("output_status", other), ("powell_damped", powell),
                 ("second_damped", second),
             }  # fmt: skip
-            values = jnp.array([status, other, powell, second], jnp.int32)
-            last = jnp.broadcast_to(values, (*blocks, len(layer_state.FIELDS)))
-            counts = layer_state.count(jnp.full((*blocks, COLUMNS), 7, jnp.int32), last)
+            values = [jnp.full(blocks, value) for value in (status, other, powell, second)]
+            counts = layer_state.count(jnp.full((*blocks, COLUMNS), 7, jnp.int32), *values)
             expected = [7 + (column in happened) for column in layer_state.COLUMNS]
             np.testing.assert_array_equal(counts, np.broadcast_to(expected, counts.shape))
             assert counts.dtype == jnp.int32
